@@ -1,0 +1,91 @@
+"""The engine's settings: frozen, composed, resolved once against the model. Knows no tensors and reads no environment."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engine.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+DTYPES = ("auto", "float32", "bfloat16")
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*$", re.IGNORECASE)
+_UNITS = {"B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+
+def parse_nbytes(text: str) -> int:
+    """'512MiB' -> 536870912. Units KiB, MiB, GiB, TiB (KB, MB, ... mean the same); raises `ConfigError`."""
+    match = _SIZE.match(text)
+    if match is None:
+        raise ConfigError(f"cannot read size {text!r}; write it like 512MiB or 2GiB")
+    number, unit = match.groups()
+    return int(float(number) * _UNITS[(unit or "B")[0].upper()])
+
+
+def format_nbytes(nbytes: int) -> str:
+    """536870912 -> '512.0MiB'."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f}{unit}" if unit == "B" else f"{size:.1f}{unit}"
+        size /= 1024
+    return f"{size:.1f}TiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Experts: their format, the budget of the top tier and how it is kept."""
+
+    format: str = "auto"  # a name in kernels.quant.FORMATS; auto: see EngineConfig.resolved
+    memory_nbytes: int | None = None  # None: all experts if they fit in free memory, else what fits
+    policy: str = "lru"
+    num_io_threads: int = 4
+    packed_dir: Path | None = None  # where packed experts are kept; None: beside the checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one step and of the queue."""
+
+    policy: str = "fcfs"
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_num_waiting: int | None = None  # None: 4 x max_num_seqs
+
+    @property
+    def waiting_limit(self) -> int:
+        return 4 * self.max_num_seqs if self.max_num_waiting is None else self.max_num_waiting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All of it. `model` is a local checkpoint directory (see engine.hub.resolve_model for names)."""
+
+    model: Path
+    served_name: str | None = None  # None: the directory's name
+    dtype: Dtype = "auto"  # dense weights and activations
+    max_model_len: int | None = None  # None: what the model allows and KV memory holds
+    kv_memory_nbytes: int = 512 * 1024**2
+    block_size: int = 16  # tokens per KV block
+    num_threads: int | None = None  # None: torch's default
+    seed: int | None = None  # of requests that bring none; None: from the operating system
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        for name, value in (
+            ("max_model_len", self.max_model_len),
+            ("max_num_seqs", self.scheduler.max_num_seqs),
+            ("max_num_batched_tokens", self.scheduler.max_num_batched_tokens),
+            ("kv_memory", self.kv_memory_nbytes),
+            ("expert_memory", self.cache.memory_nbytes),
+            ("num_io_threads", self.cache.num_io_threads),
+            ("num_threads", self.num_threads),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")

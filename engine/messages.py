@@ -1,0 +1,95 @@
+"""What crosses between the server and the engine: small typed messages, encodable by msgspec, never pickled."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from cache.stats import CacheStats
+from engine.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True):
+    """Server to engine: serve these prompt tokens."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag=True):
+    """Server to engine: nobody waits for this request any more."""
+
+    request_id: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One token with its natural-log probability; `token` is the token's own bytes (possibly half a character)."""
+
+    token_id: int
+    logprob: float
+    token: bytes
+
+
+class PositionLogprobs(msgspec.Struct, frozen=True):
+    """The token chosen at one position and the `SamplingParams.logprobs` likeliest ones, best first."""
+
+    chosen: TokenLogprob
+    top: list[TokenLogprob]
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """Engine to server: what is new of one request. Text and tokens are deltas; counts are totals so far.
+
+    `text` never ends within a character or within what may become a stop string, so it can lag behind `token_ids`.
+    The last output of a request has a `finish_reason`; with "error", `error` says what happened.
+    """
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_cached_tokens: int  # prompt tokens whose KV was found in the prefix cache
+    num_output_tokens: int
+    logprobs: list[PositionLogprobs] | None = None  # one per new token where asked for
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop id or stop string that ended it
+    error: str | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server may know of the loaded model."""
+
+    name: str
+    model_type: str
+    max_model_len: int  # tokens, prompt and output together
+    vocab_size: int
+    has_chat_template: bool
+    dtype: str
+    expert_format: str | None  # None: the model has no experts
+
+
+EngineState = Literal["stopped", "loading", "ready", "draining", "dead"]
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the engine's gauges and of its counters since the start (`*_total`)."""
+
+    state: EngineState
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks: int = 0
+    kv_blocks_used: int = 0  # held by requests; blocks kept only for prefix reuse count as free
+    prompt_tokens_total: int = 0
+    output_tokens_total: int = 0
+    prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+    step_seconds_total: float = 0.0
+    last_step_age_s: float = 0.0
+    expert_cache: CacheStats = CacheStats()
+    error: str | None = None  # why it is dead
