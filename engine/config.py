@@ -1,4 +1,4 @@
-"""The engine's settings: frozen, composed, resolved once against the model. Knows no tensors and reads no environment."""
+"""The engine's settings: frozen, composed, resolved once against the model. Knows no tensors."""
 
 from __future__ import annotations
 

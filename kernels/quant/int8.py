@@ -23,4 +23,5 @@ class Int8Format(GroupedFormat):
         return q.to(torch.int8).flatten(-2), scales
 
     def dequantise(self, q: Tensor, scales: Tensor) -> Tensor:
-        return (q.float().unflatten(-1, (-1, GROUP_SIZE)) * scales.float().unsqueeze(-1)).flatten(-2)
+        groups: Tensor = q.float().unflatten(-1, (-1, GROUP_SIZE))
+        return (groups * scales.float().unsqueeze(-1)).flatten(-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -41,7 +42,7 @@ _ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1
 
 
 def build_layout(
-    format: str, hidden_size: int, intermediate_size: int, arrays: list[tuple[str, str, tuple[int, ...]]]
+    format: str, hidden_size: int, intermediate_size: int, arrays: Sequence[tuple[str, str, tuple[int, ...]]]
 ) -> RecordLayout:
     """Lay (name, dtype, shape) arrays one after the other, each aligned to a cache line."""
     sections = []

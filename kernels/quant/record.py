@@ -42,4 +42,3 @@ def section(record: Tensor, layout: RecordLayout, name: str) -> Tensor:
     raw = record[part.offset : part.offset + part.nbytes]
     dtype: torch.dtype = getattr(torch, part.dtype)
     return raw.view(dtype).view(part.shape)
-

@@ -1,0 +1,28 @@
+"""`lru`: evict the least recently used expert."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from cache.expert_key import ExpertKey
+
+
+class LruPolicy:
+    """Recency order in a linked hash map; pinned experts are skipped where they stand."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._order: OrderedDict[ExpertKey, None] = OrderedDict()  # oldest first
+
+    def insert(self, key: ExpertKey) -> None:
+        self._order[key] = None
+        self._order.move_to_end(key)
+
+    def touch(self, key: ExpertKey) -> None:
+        self._order.move_to_end(key)
+
+    def remove(self, key: ExpertKey) -> None:
+        del self._order[key]
+
+    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        return next((key for key in self._order if evictable(key)), None)
