@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -89,3 +89,14 @@ class EngineConfig:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens {self.scheduler.max_num_batched_tokens} must be at least max_num_seqs "
+                f"{self.scheduler.max_num_seqs}, so that every running request gets a token in each step"
+            )
+
+    def resolved(self, has_experts: bool) -> EngineConfig:
+        """With `auto` settled: on a CPU float32 arithmetic and bf16 experts, which are the checkpoint's own bits."""
+        dtype: Dtype = "float32" if self.dtype == "auto" else self.dtype
+        format = "bf16" if self.cache.format == "auto" and has_experts else self.cache.format
+        return replace(self, dtype=dtype, cache=replace(self.cache, format=format))

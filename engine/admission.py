@@ -1,0 +1,27 @@
+"""The door of the engine: what no step needs to be tried for. Knows the model's figures only, no tensors."""
+
+from __future__ import annotations
+
+from engine.errors import InvalidRequest
+from engine.messages import ModelInfo
+from engine.sampling_params import SamplingParams
+
+
+def check_request(info: ModelInfo, prompt_token_ids: list[int], params: SamplingParams) -> None:
+    """Raise `InvalidRequest` if the prompt is empty, too long or not of this vocabulary, or a parameter is not."""
+    if not prompt_token_ids:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    if not all(0 <= token_id < info.vocab_size for token_id in prompt_token_ids):
+        raise InvalidRequest(f"prompt token ids must be between 0 and {info.vocab_size - 1}", param="prompt")
+    limit, num_prompt = info.max_model_len, len(prompt_token_ids)
+    if num_prompt >= limit or (params.max_tokens is not None and num_prompt + params.max_tokens > limit):
+        wanted = "" if params.max_tokens is None else f" and max_tokens is {params.max_tokens}"
+        raise InvalidRequest(
+            f"This model's maximum context length is {limit} tokens. However, the prompt has {num_prompt} "
+            f"tokens{wanted}.",
+            param="prompt" if num_prompt >= limit else "max_tokens",
+            code="context_length_exceeded",
+        )
+    for param, token_ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        if any(token_id >= info.vocab_size for token_id in token_ids):
+            raise InvalidRequest(f"{param} names a token beyond the vocabulary of {info.vocab_size}", param=param)

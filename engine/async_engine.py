@@ -1,0 +1,221 @@
+"""The engine's face: asynchronous, and all that the server sees. The engine itself runs on a thread of its own.
+
+Only `engine.messages` cross to that thread and back, so that it can become a process without a change above.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from engine.admission import check_request
+from engine.config import EngineConfig
+from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
+from engine.messages import AbortRequest, AddRequest, EngineState, EngineStats, ModelInfo, RequestOutput
+from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+_log = logging.getLogger(__name__)
+
+_STATS_INTERVAL_S = 0.05
+_LONG_TEXT = 4096  # characters; longer texts are tokenised off the event loop
+
+
+class AsyncEngine:
+    """`start`, then `generate` for any number of requests at once, then `stop`. All calls from one event loop."""
+
+    def __init__(self, config: EngineConfig, *, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """`progress(what, done, total)` is told while the model loads, on the engine's thread."""
+        self._config = config
+        self._progress = progress
+        self._state: EngineState = "stopped"
+        self._error: str | None = None
+        self._inbox: queue.SimpleQueue[AddRequest | AbortRequest | None] = queue.SimpleQueue()
+        self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
+        self._thread: threading.Thread | None = None
+        self._engine: Engine | None = None
+        self._stats = EngineStats(state="stopped")
+        self._last_step_at: float | None = None  # None: nothing to do
+        self._limit = config.scheduler.max_num_seqs + config.scheduler.waiting_limit
+
+    @property
+    def info(self) -> ModelInfo:
+        """The loaded model; raises `EngineDead` before `start` has returned."""
+        return self._loaded().info
+
+    async def start(self) -> None:
+        """Load the model; raises `ConfigError`, `CheckpointError` or `PackedFileError`, each naming the cure."""
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[None] = loop.create_future()
+        self._state = "loading"
+        self._thread = threading.Thread(target=self._run, args=(loop, loaded), name="engine", daemon=True)
+        self._thread.start()
+        try:
+            await loaded
+        except Exception as error:
+            self._state, self._error = "dead", str(error)
+            raise
+        self._state = "ready"
+
+    async def stop(self, *, drain_s: float = 0.0) -> None:
+        """Take no more requests, give those in flight up to `drain_s` seconds, then end the engine's thread."""
+        if self._thread is None:
+            return
+        if self._state == "ready":
+            self._state = "draining"
+        deadline = time.monotonic() + drain_s
+        while self._streams and self._state == "draining" and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._fail_streams("the server is shutting down")
+        self._thread = self._engine = None
+        if self._state != "dead":
+            self._state = "stopped"
+
+    async def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Messages through the model's chat template; raises `InvalidRequest` if it has none or refuses them."""
+        tokenizer = self._loaded().tokenizer
+        return await asyncio.to_thread(tokenizer.render_chat, messages, add_generation_prompt=add_generation_prompt)
+
+    async def encode(self, text: str) -> list[int]:
+        """Text to token ids, with the special tokens that the model wants around a prompt."""
+        tokenizer = self._loaded().tokenizer
+        if len(text) < _LONG_TEXT:
+            return tokenizer.encode(text)
+        return await asyncio.to_thread(tokenizer.encode, text)
+
+    async def decode(self, token_ids: list[int]) -> str:
+        """Token ids to text, special tokens included; raises `InvalidRequest` for an id that there is not."""
+        engine = self._loaded()
+        if any(not 0 <= token_id < engine.info.vocab_size for token_id in token_ids):
+            raise InvalidRequest(f"token ids must be between 0 and {engine.info.vocab_size - 1}", param="tokens")
+        return await asyncio.to_thread(engine.tokenizer.decode, token_ids, skip_special_tokens=False)
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncIterator[RequestOutput]:
+        """Serve one request; yields what is new until an output has a `finish_reason`.
+
+        Closing the generator aborts the request. Raises at the first step, before anything is queued:
+        `InvalidRequest`, `EngineOverloaded` (the queue is full) or `EngineDead`.
+        """
+        if self._state != "ready":
+            raise EngineDead(f"the engine is {self._state}" + (f": {self._error}" if self._error else ""))
+        check_request(self.info, prompt_token_ids, params)
+        if request_id in self._streams:
+            raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
+        if len(self._streams) >= self._limit:
+            raise EngineOverloaded(f"the queue is full ({self._config.scheduler.waiting_limit} requests wait)")
+        stream: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self._streams[request_id] = stream
+        self._inbox.put(AddRequest(request_id, prompt_token_ids, params))
+        finished = False
+        try:
+            while not finished:
+                output = await stream.get()
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            del self._streams[request_id]
+            if not finished:
+                self._inbox.put(AbortRequest(request_id))
+
+    def stats(self) -> EngineStats:
+        """The latest snapshot; at most a step old while the engine is busy."""
+        age = 0.0 if self._last_step_at is None else time.monotonic() - self._last_step_at
+        return msgspec.structs.replace(self._stats, state=self._state, last_step_age_s=age, error=self._error)
+
+    def check_integrity(self) -> None:
+        """For tests: raise `AssertionError` if the idle engine's books do not add up."""
+        self._loaded().check_integrity()
+
+    def _loaded(self) -> Engine:
+        if self._engine is None:
+            raise EngineDead(f"the engine is {self._state}" + (f": {self._error}" if self._error else ""))
+        return self._engine
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)  # gone: the client left meanwhile
+            if stream is not None:
+                stream.put_nowait(output)
+
+    def _fail_streams(self, error: str) -> None:
+        for request_id, stream in self._streams.items():
+            stream.put_nowait(_failed(request_id, error))
+
+    def _run(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[None]) -> None:
+        """The engine's thread."""
+        from engine.engine import Engine
+
+        try:
+            engine = Engine(self._config, self._progress)
+        except BaseException as error:
+            loop.call_soon_threadsafe(loaded.set_exception, error)
+            return
+        self._engine = engine
+        self._stats = engine.stats()
+        loop.call_soon_threadsafe(loaded.set_result, None)
+        try:
+            self._serve(engine, loop)
+        except Exception as error:
+            _log.exception("the engine failed")
+            self._state, self._error = "dead", f"{type(error).__name__}: {error}"
+            loop.call_soon_threadsafe(self._fail_streams, "the engine failed; the server's log says why")
+        finally:
+            self._last_step_at = None
+            self._stats = engine.stats()
+            engine.close()
+
+    def _serve(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+        stats_at = 0.0
+        while True:
+            if not engine.has_work:
+                self._last_step_at = None
+                self._stats = engine.stats()
+            for message in self._drain(block=not engine.has_work):
+                if message is None:
+                    return
+                if isinstance(message, AbortRequest):
+                    engine.abort_request(message.request_id)
+                else:
+                    engine.add_request(message.request_id, message.prompt_token_ids, message.params)
+            if self._last_step_at is None:
+                self._last_step_at = time.monotonic()
+            outputs = engine.step()
+            now = self._last_step_at = time.monotonic()
+            if outputs:
+                loop.call_soon_threadsafe(self._deliver, outputs)
+            if now - stats_at > _STATS_INTERVAL_S:
+                self._stats, stats_at = engine.stats(), now
+
+    def _drain(self, *, block: bool = False) -> list[AddRequest | AbortRequest | None]:
+        messages: list[AddRequest | AbortRequest | None] = []
+        try:
+            while True:
+                messages.append(self._inbox.get(block=block and not messages))
+        except queue.Empty:
+            return messages
+
+
+def _failed(request_id: str, error: str) -> RequestOutput:
+    return RequestOutput(
+        request_id=request_id,
+        text="",
+        token_ids=[],
+        num_prompt_tokens=0,
+        num_cached_tokens=0,
+        num_output_tokens=0,
+        finish_reason="error",
+        error=error,
+    )

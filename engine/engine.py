@@ -1,0 +1,271 @@
+"""The engine: the only place that sees scheduler, runner and sampler. Synchronous; one thread calls it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+
+import torch
+
+from cache.stats import CacheStats
+from engine.admission import check_request
+from engine.block_manager import BlockManager
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig, format_nbytes
+from engine.convert import Progress
+from engine.detokenizer import Detokenizer
+from engine.errors import ConfigError, InvalidRequest
+from engine.kv_cache import KVCache, kv_block_nbytes
+from engine.layers.moe import ExpertArena, ExpertFailure
+from engine.loader import free_memory_nbytes, load_decoder, open_experts
+from engine.messages import EngineStats, FinishReason, ModelInfo, PositionLogprobs, RequestOutput, TokenLogprob
+from engine.model_runner import ModelRunner
+from engine.request import Request
+from engine.sampler import SampledToken, Sampler
+from engine.sampling_params import SamplingParams
+from engine.scheduler import SCHEDULERS, SchedulerOutput
+from engine.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+_RESERVED_MEMORY_SHARE = 0.1  # of what is free, left alone when the expert budget is chosen for the user
+
+
+class Engine:
+    """Loads a checkpoint on construction, then serves what `add_request` brings, a `step` at a time.
+
+    Raises `ConfigError`, `CheckpointError` or `cache.packed_file.PackedFileError`, each naming the cure.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+        checkpoint = Checkpoint(config.model)
+        config = config.resolved(checkpoint.spec.moe is not None)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        spec = checkpoint.spec
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        num_blocks, max_model_len = _plan_kv(config, checkpoint, dtype)
+        self.tokenizer = Tokenizer(config.model)
+        available = int((free_memory_nbytes() - config.kv_memory_nbytes) * (1 - _RESERVED_MEMORY_SHARE))
+        self._experts: ExpertArena | None = None
+        if spec.moe is not None:
+            self._experts = open_experts(checkpoint, config.cache, available, progress)
+        model = load_decoder(checkpoint, dtype, max_model_len, self._experts, progress)
+        device = torch.device("cpu")
+        self._runner = ModelRunner(model, KVCache(spec, num_blocks, config.block_size, dtype, device), device)
+        self._blocks = BlockManager(num_blocks, config.block_size)
+        self.scheduler = SCHEDULERS[config.scheduler.policy](config.scheduler, self._blocks)
+        self._eos_token_ids = frozenset(checkpoint.eos_token_ids() or _as_ids(self.tokenizer.eos_token_id))
+        self._sampler = Sampler(sorted(self._eos_token_ids))
+        self._requests: dict[str, Request] = {}
+        self._seeds = secrets.SystemRandom() if config.seed is None else _SeedSequence(config.seed)
+        self._counts = dict.fromkeys(("prompt_tokens_total", "output_tokens_total", "steps_total"), 0)
+        self._step_s = 0.0
+        self.info = ModelInfo(
+            name=config.served_name or config.model.resolve().name,
+            model_type=checkpoint.model_type,
+            max_model_len=max_model_len,
+            vocab_size=spec.vocab_size,
+            has_chat_template=self.tokenizer.has_chat_template,
+            dtype=config.dtype,
+            expert_format=config.cache.format if self._experts is not None else None,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raise `InvalidRequest` if this model cannot serve this request. Reads nothing that a step changes."""
+        check_request(self.info, prompt_token_ids, params)
+
+    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Queue a request; raises `InvalidRequest` as `check`, and for an id that is in use."""
+        self.check(prompt_token_ids, params)
+        if request_id in self._requests:
+            raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
+        limit = self.info.max_model_len
+        if params.max_tokens is not None:
+            limit = min(limit, len(prompt_token_ids) + params.max_tokens)
+        request = Request(
+            request_id=request_id,
+            token_ids=list(prompt_token_ids),
+            num_prompt_tokens=len(prompt_token_ids),
+            params=params,
+            max_num_tokens=limit,
+            seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
+            detokenizer=Detokenizer(
+                self.tokenizer, prompt_token_ids, stop=params.stop, skip_special_tokens=params.skip_special_tokens
+            ),
+        )
+        self._requests[request_id] = request
+        self._counts["prompt_tokens_total"] += request.num_prompt_tokens
+        self.scheduler.add(request)
+
+    def abort_request(self, request_id: str) -> None:
+        """Forget a request wherever it is; one that is unknown or done is not an error."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self.scheduler.remove(request)
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step and return what is new of each request that got a token or ended."""
+        output = self.scheduler.schedule()
+        if not output.num_tokens:
+            return []
+        started = time.perf_counter()
+        try:
+            logits = self._runner.run(output)
+        except ExpertFailure as failure:
+            return self._fail_rows(output, failure)
+        sampled_requests = [
+            request
+            for request, num_tokens in output.num_tokens.items()
+            if request.num_computed_tokens + num_tokens == request.num_tokens
+        ]
+        self.scheduler.update(output)
+        sampled = self._sampler.sample(logits, sampled_requests)
+        results = [self._append(request, token) for request, token in zip(sampled_requests, sampled, strict=True)]
+        self._counts["steps_total"] += 1
+        self._step_s += time.perf_counter() - started
+        return results
+
+    def stats(self) -> EngineStats:
+        """A snapshot; the state is the caller's to fill in."""
+        return EngineStats(
+            state="ready",
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_blocks=self._blocks.num_blocks,
+            kv_blocks_used=self._blocks.num_used,
+            prompt_tokens_total=self._counts["prompt_tokens_total"],
+            output_tokens_total=self._counts["output_tokens_total"],
+            prefix_queries_total=self.scheduler.num_prefix_queries,
+            prefix_hits_total=self.scheduler.num_prefix_hits,
+            preemptions_total=self.scheduler.num_preemptions,
+            steps_total=self._counts["steps_total"],
+            step_seconds_total=self._step_s,
+            expert_cache=self._experts.cache.stats() if self._experts is not None else CacheStats(),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if requests, blocks or expert slots do not add up. Between steps only."""
+        self.scheduler.check_integrity()
+        if set(self._requests.values()) != set(self.scheduler.requests):
+            raise AssertionError("the engine and the scheduler know different requests")
+        if self._experts is not None:
+            self._experts.cache.check_integrity()
+
+    def close(self) -> None:
+        """End the I/O threads."""
+        if self._experts is not None:
+            self._experts.cache.close()
+
+    def _append(self, request: Request, token: SampledToken) -> RequestOutput:
+        request.token_ids.append(token.token_id)
+        self._counts["output_tokens_total"] += 1
+        params = request.params
+        stop_reason: int | str | None = None
+        finish: FinishReason | None = None
+        text = ""
+        is_eos = token.token_id in self._eos_token_ids and not params.ignore_eos
+        if is_eos or token.token_id in params.stop_token_ids:
+            finish = "stop"
+            stop_reason = None if is_eos else token.token_id
+        else:
+            may_stop = request.num_output_tokens >= params.min_tokens
+            text = request.detokenizer.push(token.token_id, may_stop=may_stop)
+            if request.detokenizer.stop_string is not None:
+                finish = "stop"
+            elif request.num_tokens >= request.max_num_tokens:
+                finish = "length"
+        if finish is not None:
+            text += request.detokenizer.flush()
+            if request.detokenizer.stop_string is not None:
+                finish, stop_reason = "stop", request.detokenizer.stop_string
+        return self._output(request, text, [token], finish, stop_reason)
+
+    def _output(
+        self,
+        request: Request,
+        text: str,
+        tokens: list[SampledToken],
+        finish: FinishReason | None,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+    ) -> RequestOutput:
+        if finish is not None:
+            request.finish_reason = finish
+            self.abort_request(request.request_id)
+        wants_logprobs = request.params.logprobs is not None
+        return RequestOutput(
+            request_id=request.request_id,
+            text=text,
+            token_ids=[token.token_id for token in tokens],
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=min(request.num_cached_tokens, request.num_prompt_tokens),
+            num_output_tokens=request.num_output_tokens,
+            logprobs=[self._named(token) for token in tokens] if wants_logprobs else None,
+            finish_reason=finish,
+            stop_reason=stop_reason,
+            error=error,
+        )
+
+    def _named(self, token: SampledToken) -> PositionLogprobs:
+        assert token.logprobs is not None
+        named = [
+            TokenLogprob(token_id, logprob, self.tokenizer.token_bytes(token_id))
+            for token_id, logprob in token.logprobs
+        ]
+        return PositionLogprobs(named[0], named[1:])
+
+    def _fail_rows(self, output: SchedulerOutput, failure: ExpertFailure) -> list[RequestOutput]:
+        """The requests whose tokens need the unreadable expert fail; the step is run again for the others."""
+        _log.error("%s", failure)
+        failed, first_row = [], 0
+        for request, num_tokens in output.num_tokens.items():
+            if any(first_row <= row < first_row + num_tokens for row in failure.rows):
+                failed.append(request)
+            first_row += num_tokens
+        return [self._fail(request, str(failure)) for request in failed]
+
+    def _fail(self, request: Request, error: str) -> RequestOutput:
+        return self._output(request, "", [], "error", error=error)
+
+
+class _SeedSequence:
+    """Seeds for requests that bring none, reproducible from the configured one."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def getrandbits(self, num_bits: int) -> int:
+        return int(torch.randint(0, 2**num_bits - 1, (), generator=self._generator, dtype=torch.int64))
+
+
+def _as_ids(token_id: int | None) -> tuple[int, ...]:
+    return () if token_id is None else (token_id,)
+
+
+def _plan_kv(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, int]:
+    """-> number of KV blocks, max_model_len that they and the model allow."""
+    spec = checkpoint.spec
+    num_blocks = config.kv_memory_nbytes // kv_block_nbytes(spec, config.block_size, dtype)
+    capacity = num_blocks * config.block_size
+    wanted = config.max_model_len
+    if wanted is not None and wanted > spec.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {wanted} is above the {spec.max_position_embeddings} positions that the model was made for"
+        )
+    limit = spec.max_position_embeddings if wanted is None else wanted
+    if capacity < (limit if wanted is not None else config.block_size):
+        needed = -(-limit // config.block_size) * kv_block_nbytes(spec, config.block_size, dtype)
+        raise ConfigError(
+            f"KV memory of {format_nbytes(config.kv_memory_nbytes)} holds {capacity} tokens, fewer than max_model_len "
+            f"{limit}; raise --kv-memory to {format_nbytes(needed)} or lower --max-model-len"
+        )
+    if capacity < limit:
+        _log.warning("KV memory holds %d tokens: max_model_len is %d instead of %d", capacity, capacity, limit)
+    return num_blocks, min(limit, capacity)

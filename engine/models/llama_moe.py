@@ -1,0 +1,37 @@
+"""Llama refactored into a MoE by `foregate refactor` (after Read-ME, arXiv 2410.19123), and dense Llama itself.
+
+Each FFN is an always-on shared expert plus routed experts that cover the rest of its neurons; a chosen expert counts
+in full (weight 1), so that with all of them active the model is the dense one.
+"""
+
+from __future__ import annotations
+
+from engine.errors import CheckpointError
+from engine.models.spec import Config, ModelSpec, MoeSpec, base_fields, num_experts
+
+MODEL_TYPE = "foregate_llama_moe"
+_MLP = "model.layers.{layer}.mlp"
+
+
+def llama_moe(config: Config) -> ModelSpec:
+    fields = base_fields(config)
+    moe = MoeSpec(
+        num_experts=num_experts(config),
+        num_active=config["num_experts_per_tok"],
+        intermediate_size=config["moe_intermediate_size"],
+        layers=tuple(range(fields["num_layers"])),
+        routing="unweighted",
+        router=f"{_MLP}.router",
+        router_bias=True,
+        gate=f"{_MLP}.experts.{{expert}}.gate_proj",
+        up=f"{_MLP}.experts.{{expert}}.up_proj",
+        down=f"{_MLP}.experts.{{expert}}.down_proj",
+        shared_mlp=f"{_MLP}.shared_expert" if config.get("shared_expert_intermediate_size") else None,
+    )
+    return ModelSpec(**fields, moe=moe)
+
+
+def llama(config: Config) -> ModelSpec:
+    if config.get("mlp_bias", False):
+        raise CheckpointError("Llama checkpoints with mlp_bias are not supported")
+    return ModelSpec(**base_fields(config), moe=None)

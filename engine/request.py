@@ -1,0 +1,49 @@
+"""One request's state in the engine. Stores two lengths and derives the rest; knows no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.detokenizer import Detokenizer
+from engine.messages import FinishReason
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """`token_ids` are prompt and output together; KV exists for the first `num_computed_tokens` of them.
+
+    `max_num_tokens` bounds prompt and output together. `seed` is settled here, so that a preempted request resumes
+    with the same random numbers.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    max_num_tokens: int
+    seed: int
+    detokenizer: Detokenizer
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, chained
+    was_scheduled: bool = False
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens whose KV is still to be computed; 1 while decoding."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]

@@ -1,0 +1,104 @@
+"""From logits to tokens, each request by its own parameters and its own random numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A chosen token; `logprobs` are (id, natural-log probability), the chosen one first, then the top ones."""
+
+    token_id: int
+    logprobs: list[tuple[int, float]] | None
+
+
+class Sampler:
+    """Every draw depends on the request's seed and position alone: batch, preemption and timing do not change it."""
+
+    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+        self._eos_token_ids = list(eos_token_ids)
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+        """float32 logits [n, V], one row a request -> one token each. `logits` is not changed."""
+        if not requests:
+            return []
+        greedy_ids = logits.argmax(-1).tolist()
+        return [
+            self._sample_row(row, request, greedy_id)
+            for row, request, greedy_id in zip(logits, requests, greedy_ids, strict=True)
+        ]
+
+    def _sample_row(self, row: Tensor, request: Request, greedy_id: int) -> SampledToken:
+        params = request.params
+        adjusted = self._adjust(row, request)
+        if params.greedy:
+            token_id = greedy_id if adjusted is row else int(adjusted.argmax())
+        else:
+            token_id = _draw(adjusted, request)
+        return SampledToken(token_id, None if params.logprobs is None else _logprobs(row, token_id, params.logprobs))
+
+    def _adjust(self, row: Tensor, request: Request) -> Tensor:
+        """Bias, penalties, forbidden ends; the row itself if there are none."""
+        params = request.params
+        adjusted = row
+        if params.logit_bias:
+            adjusted = adjusted.clone()
+            ids = torch.tensor(list(params.logit_bias))
+            adjusted[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype)
+        if params.repetition_penalty != 1.0:
+            seen = torch.tensor(sorted(set(request.token_ids)))
+            adjusted = adjusted.clone() if adjusted is row else adjusted
+            values = adjusted[seen]
+            penalty = params.repetition_penalty
+            adjusted[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if (params.presence_penalty or params.frequency_penalty) and request.num_output_tokens:
+            counts = Counter(request.output_token_ids)
+            adjusted = adjusted.clone() if adjusted is row else adjusted
+            times = torch.tensor(list(counts.values()), dtype=row.dtype)
+            adjusted[torch.tensor(list(counts))] -= params.presence_penalty + params.frequency_penalty * times
+        if request.num_output_tokens < params.min_tokens:
+            adjusted = adjusted.clone() if adjusted is row else adjusted
+            ends = [token_id for token_id in (*self._eos_token_ids, *params.stop_token_ids) if token_id < len(row)]
+            adjusted[ends] = float("-inf")
+        return adjusted
+
+
+def _draw(logits: Tensor, request: Request) -> int:
+    """One draw by inversion: a uniform number against the cumulative distribution of the tokens that are left."""
+    params = request.params
+    ids: Tensor | None = None
+    if 0 < params.top_k < len(logits):
+        logits, ids = logits.topk(params.top_k)  # sorted, best first
+    elif params.top_p < 1.0:
+        logits, ids = logits.sort(descending=True, stable=True)
+    probs = (logits.double() / params.temperature).softmax(-1)
+    if params.top_p < 1.0:
+        probs = torch.where(probs.cumsum(-1) - probs < params.top_p, probs, 0.0)  # the token that crosses stays
+    if params.min_p > 0.0:
+        probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
+    cumulative = probs.cumsum(-1)
+    target = _uniform(request.seed, request.num_tokens) * float(cumulative[-1])
+    at = int(torch.searchsorted(cumulative, target, right=True))
+    at = min(at, int(probs.nonzero()[-1]))  # rounding at the very end
+    return at if ids is None else int(ids[at])
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for each (seed, position): Philox, counter-based (Salmon et al. 2011)."""
+    bits = np.random.Philox(key=seed & (2**64 - 1), counter=position)
+    return float(np.random.Generator(bits).random())
+
+
+def _logprobs(row: Tensor, token_id: int, num_top: int) -> list[tuple[int, float]]:
+    logprobs = row.log_softmax(-1)
+    top = logprobs.topk(num_top)
+    return [(token_id, float(logprobs[token_id])), *zip(top.indices.tolist(), top.values.tolist(), strict=True)]

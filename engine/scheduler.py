@@ -1,0 +1,121 @@
+"""Who runs in the next step, and with how many tokens. No phases: a request's computed tokens catch up. No torch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from engine.block_manager import BlockManager
+from engine.config import SchedulerConfig
+from engine.request import Request
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step: the number of tokens to compute for each request, in batch order."""
+
+    num_tokens: dict[Request, int] = field(default_factory=dict)
+
+    @property
+    def total_num_tokens(self) -> int:
+        return sum(self.num_tokens.values())
+
+
+class FcfsScheduler:
+    """First come, first served: running requests keep running, waiting ones join in their order.
+
+    When KV memory is full the newest running request is preempted: its blocks are freed, its tokens are kept, and it
+    is computed again from the front of the queue, with the same result.
+    """
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self._config = config
+        self._blocks = blocks
+        self.running: list[Request] = []  # oldest first
+        self.waiting: deque[Request] = deque()
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0  # prompt tokens looked up
+        self.num_prefix_hits = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        yield from self.running
+        yield from self.waiting
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """A request ended, wherever it was; its blocks are free at once."""
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._blocks.free(request)
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step; empty only if there is no work."""
+        output = SchedulerOutput()
+        budget = self._config.max_num_batched_tokens
+        preempted = False
+        i = 0
+        while i < len(self.running) and budget > 0:
+            request = self.running[i]
+            num_behind = len(self.running) - i - 1  # each of them gets a token too, whatever this one's backlog
+            num_tokens = min(request.num_new_tokens, budget - num_behind)
+            while not self._blocks.allocate(request, request.num_computed_tokens + num_tokens):
+                self._preempt(self.running[-1])
+                preempted = True
+                if i == len(self.running):
+                    break
+            else:
+                output.num_tokens[request] = num_tokens
+                budget -= num_tokens
+                i += 1
+        while self.waiting and not preempted and budget > 0 and len(self.running) < self._config.max_num_seqs:
+            request = self.waiting[0]
+            num_reused = self._blocks.reuse_prefix(request)
+            num_tokens = min(request.num_tokens - num_reused, budget)
+            if not self._blocks.allocate(request, num_reused + num_tokens):
+                self._blocks.free(request)
+                break
+            self.waiting.popleft()
+            self.running.append(request)
+            request.num_computed_tokens = num_reused
+            if not request.was_scheduled:
+                request.was_scheduled = True
+                request.num_cached_tokens = num_reused
+                self.num_prefix_queries += request.num_prompt_tokens
+                self.num_prefix_hits += num_reused
+            output.num_tokens[request] = num_tokens
+            budget -= num_tokens
+        return output
+
+    def update(self, output: SchedulerOutput) -> None:
+        """The step was computed: its KV is there."""
+        for request, num_tokens in output.num_tokens.items():
+            request.num_computed_tokens += num_tokens
+            self._blocks.commit(request)
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if requests and blocks do not add up."""
+        self._blocks.check_integrity(list(self.requests))
+        if any(request.block_ids for request in self.waiting):
+            raise AssertionError("a waiting request holds blocks")
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._blocks.free(request)
+        request.num_computed_tokens = 0
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+
+SCHEDULERS: dict[str, Callable[[SchedulerConfig, BlockManager], FcfsScheduler]] = {
+    "fcfs": FcfsScheduler,
+}

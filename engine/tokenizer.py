@@ -1,0 +1,91 @@
+"""Text to token ids and back, and the chat template. Wraps the checkpoint's own tokenizer files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError, InvalidRequest
+
+
+class Tokenizer:
+    """A fast Hugging Face tokenizer. Calls may come from several threads at once."""
+
+    def __init__(self, directory: Path) -> None:
+        """Load from a checkpoint directory; no code of that directory is run. Raises `CheckpointError`."""
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        try:
+            if (directory / "tokenizer.json").exists():
+                wrapper = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+            else:
+                wrapper = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds for files that it cannot take
+            raise CheckpointError(f"cannot load the tokenizer of {directory.name}: {error}") from error
+        if not wrapper.is_fast:
+            raise CheckpointError(f"the tokenizer of {directory.name} has no fast version (tokenizer.json)")
+        self._wrapper = wrapper
+        self._fast = wrapper.backend_tokenizer
+        self._special_ids = frozenset(wrapper.all_special_ids)
+        self.vocab_size: int = self._fast.get_vocab_size()
+        self.eos_token_id: int | None = wrapper.eos_token_id
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._wrapper.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Chat messages through the model's own template; raises `InvalidRequest` if it has none or refuses them."""
+        if not self.has_chat_template:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        try:
+            text = self._wrapper.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # the template is the model's own program and may raise anything
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return self.encode(text, add_special_tokens=False)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for; half a character is possible."""
+        token = self._fast.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id not in self._special_ids:
+            if all(c in _BYTE_OF_CHAR for c in token) and self._is_byte_level:
+                return bytes(_BYTE_OF_CHAR[c] for c in token)
+            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                return bytes([int(token[3:5], 16)])
+            if not self._is_byte_level:
+                return str(token).replace("\u2581", " ").encode()
+        return str(token).encode()
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return type(self._fast.decoder).__name__ == "ByteLevel"
+
+
+def _bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte (Radford et al. 2019, encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {byte: chr(byte) for byte in printable}
+    for i, byte in enumerate(byte for byte in range(256) if byte not in table.copy()):
+        table[byte] = chr(256 + i)
+    return table
+
+
+_BYTE_OF_CHAR = {char: byte for byte, char in _bytes_to_unicode().items()}
