@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ class Tokenizer:
 
     def __init__(self, directory: Path) -> None:
         """Load from a checkpoint directory; no code of that directory is run. Raises `CheckpointError`."""
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import AutoTokenizer
 
+        log = logging.getLogger("transformers")
+        level = log.level
+        log.setLevel(logging.ERROR)  # it warns of model types that it does not know, which is no matter here
         try:
-            if (directory / "tokenizer.json").exists():
-                wrapper = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-            else:
-                wrapper = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            wrapper = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for files that it cannot take
             raise CheckpointError(f"cannot load the tokenizer of {directory.name}: {error}") from error
+        finally:
+            log.setLevel(level)
         if not wrapper.is_fast:
             raise CheckpointError(f"the tokenizer of {directory.name} has no fast version (tokenizer.json)")
         self._wrapper = wrapper
