@@ -37,7 +37,9 @@ def make_engine() -> Iterator[MakeEngine]:
     """Engines that are checked for integrity and closed at the end of the test."""
     engines: list[Engine] = []
 
-    def make(directory: Path, *, cache: dict[str, Any] | None = None, scheduler: dict[str, Any] | None = None, **kw: Any) -> Engine:
+    def make(
+        directory: Path, *, cache: dict[str, Any] | None = None, scheduler: dict[str, Any] | None = None, **kw: Any
+    ) -> Engine:
         config = EngineConfig(
             model=directory,
             kv_memory_nbytes=kw.pop("kv_memory_nbytes", 16 * 1024**2),

@@ -79,7 +79,10 @@ VARIANTS: dict[str, tuple[Callable[..., torch.nn.Module], dict[str, Any]]] = {
         _qwen3,
         _shape(96, 128, 4, 4, 1, head_dim=16, mlp_only_layers=[0], decoder_sparse_step=2, tie_word_embeddings=True),
     ),
-    "qwen3-bias-unnormalised": (_qwen3, _shape(64, 64, 2, 4, 4, head_dim=16, attention_bias=True, norm_topk_prob=False)),
+    "qwen3-bias-unnormalised": (
+        _qwen3,
+        _shape(64, 64, 2, 4, 4, head_dim=16, attention_bias=True, norm_topk_prob=False),
+    ),
     "llama-llama3-rope": (
         _llama,
         _shape(
