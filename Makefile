@@ -1,0 +1,31 @@
+# `make serve` and `make test` do all their own set-up; the rest is for developers.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL ?= demo
+ARGS ?=
+
+.PHONY: serve test check install clean
+
+# pip's own record tells whether the environment is as pyproject.toml wants it
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "Foregate needs Python 3.10 to 3.13; name one with make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+install: .venv/installed
+
+serve: .venv/installed
+	$(BIN)/foregate serve $(MODEL) $(ARGS)
+
+test: .venv/installed
+	$(BIN)/foregate pull demo
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv
