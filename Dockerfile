@@ -6,8 +6,10 @@ COPY server server
 COPY engine engine
 COPY kernels kernels
 COPY cache cache
+# an index with torch's CPU builds keeps gigabytes of CUDA out: --build-arg TORCH_INDEX_URL=...
+ARG TORCH_INDEX_URL=
 RUN python -m venv /opt/foregate \
-    && /opt/foregate/bin/pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0 \
+    && /opt/foregate/bin/pip install --no-cache-dir ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch==2.13.0 \
     && /opt/foregate/bin/pip install --no-cache-dir .
 
 FROM python:3.11-slim

@@ -6,7 +6,6 @@ ARGS ?=
 
 .PHONY: serve test check install clean
 
-# pip's own record tells whether the environment is as pyproject.toml wants it
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "Foregate needs Python 3.10 to 3.13; name one with make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
