@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,6 +20,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
 from engine.messages import AbortRequest, AddRequest, EngineState, EngineStats, ModelInfo, RequestOutput
 from engine.sampling_params import SamplingParams
+from engine.threads import wait_passively
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -103,7 +104,7 @@ class AsyncEngine:
 
     async def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Serve one request; yields what is new until an output has a `finish_reason`.
 
         Closing the generator aborts the request. Raises at the first step, before anything is queued:
@@ -156,6 +157,7 @@ class AsyncEngine:
 
     def _run(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[None]) -> None:
         """The engine's thread."""
+        wait_passively()
         from engine.engine import Engine
 
         try:

@@ -1,0 +1,59 @@
+"""The HTTP application around an engine. Starts and stops nothing: `server.serve` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
+from server.auth import OPEN_PATHS, KeyCheck
+from server.context import VERSION, AppContext, Lifecycle
+from server.engine_face import Engine
+from server.errors import ApiError, GenerationFailed, as_api_error
+from server.metrics import ServerMetrics
+from server.middleware import RequestObserver, record_of
+from server.openapi import describe_bodies
+from server.protocol.chat import ChatRequest
+from server.protocol.completions import CompletionRequest
+from server.routes import ROUTERS
+from server.routes.tokenize import DetokenizeRequest, TokenizeRequest
+from server.settings import AppSettings
+
+
+def create_app(
+    engine: Engine,
+    settings: AppSettings,
+    *,
+    lifecycle: Lifecycle | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> FastAPI:
+    """An application that shares nothing with any other. `engine` may still be loading."""
+    metrics = ServerMetrics(settings.served_names[0], engine.stats, vllm_names=settings.metrics_compat == "vllm")
+    ctx = AppContext(engine, settings, metrics, lifecycle or Lifecycle(), clock=clock)
+    app = FastAPI(title="Foregate", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    for make_router in ROUTERS.values():
+        app.include_router(make_router(ctx))
+    _answer_errors(app, metrics)
+    describe_bodies(app, [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest])
+    if settings.api_key_hashes:
+        open_paths = OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS
+        app.add_middleware(KeyCheck, key_hashes=settings.api_key_hashes, open_paths=open_paths)
+    app.add_middleware(RequestObserver, metrics=metrics, clock=clock)
+    return app
+
+
+def _answer_errors(app: FastAPI, metrics: ServerMetrics) -> None:
+    async def answer(request: Request, exc: Exception) -> Response:
+        if isinstance(exc, EngineOverloaded):
+            metrics.reject("queue_full")
+        if isinstance(exc, GenerationFailed):
+            record_of(request).finish_reason = "error"
+        return as_api_error(exc).response()
+
+    for kind in (ApiError, InvalidRequest, EngineOverloaded, EngineDead, GenerationFailed, HTTPException):
+        app.add_exception_handler(kind, answer)

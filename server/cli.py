@@ -1,0 +1,287 @@
+"""The command line. Every command imports what it needs when it runs, so that `foregate --version` is instant."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig, parse_nbytes
+from engine.errors import ConfigError, EngineDead, EngineOverloaded
+from server.settings import AppSettings, Environment
+
+_log = logging.getLogger("foregate.cli")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+
+app = typer.Typer(
+    help="Serve Mixture-of-Experts language models that do not fit in fast memory.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+
+def main() -> None:
+    """The console script. What the user can cure is one line on stderr and exit code 1; usage errors are 2."""
+    try:
+        app()
+    except (ValueError, OSError, EngineDead, EngineOverloaded) as exc:
+        _log.debug("the error's origin:", exc_info=exc)
+        typer.echo(f"error: {exc}", err=True)
+        sys.exit(1)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_nbytes(text)
+    except ConfigError as exc:
+        raise typer.BadParameter(str(exc)) from None
+
+
+def _size_option(text: str) -> Any:
+    return typer.Option(parser=_size, metavar="SIZE", help=text)
+
+
+Model = Annotated[str, typer.Argument(help="A checkpoint directory, `demo`, or a hub name such as org/name.")]
+Dtype = Annotated[str, typer.Option(help="Dense weights and activations: auto, float32 or bfloat16.")]
+Experts = Annotated[str, typer.Option(help="Format of the experts: auto, float32, bf16, int8 or int4.")]
+ExpertMemory = Annotated[int | None, _size_option("Memory for experts, such as 512MiB [default: what fits]")]
+KvMemory = Annotated[int, _size_option("Memory for keys and values, such as 2GiB.")]
+PackedDir = Annotated[Path | None, typer.Option(help="Where packed experts are kept [default: beside the checkpoint]")]
+MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and output together.")]
+CachePolicy = Annotated[str, typer.Option(help="Which experts stay in memory.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads for arithmetic [default: torch's].")]
+Seed = Annotated[int | None, typer.Option(help="For requests that bring none [default: random].")]
+LogLevel = Annotated[str, typer.Option(help=f"One of {', '.join(_LOG_LEVELS)}.")]
+
+_KV_MEMORY: Any = "512MiB"  # typer passes defaults through the parser
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from server.context import VERSION
+
+        typer.echo(f"foregate {VERSION}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    model: Model = "demo",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    dtype: Dtype = "auto",
+    experts: Experts = "auto",
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests in one step.")] = 32,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one step.")] = 512,
+    kv_memory: KvMemory = _KV_MEMORY,
+    expert_memory: ExpertMemory = None,
+    cache_policy: CachePolicy = "lru",
+    packed_dir: PackedDir = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name in the API; may be given several times [default: MODEL's name].")
+    ] = None,
+    accept_any_model_name: Annotated[bool, typer.Option(help="Answer whatever model is asked for.")] = False,
+    strict_requests: Annotated[bool, typer.Option(help="Refuse unknown request fields.")] = False,
+    api_key_file: Annotated[Path | None, typer.Option(help="One API key a line; or set FOREGATE_API_KEY.")] = None,
+    open_metrics: Annotated[bool, typer.Option(help="/metrics needs no API key.")] = False,
+    seed: Seed = None,
+    threads: Threads = None,
+    shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds for running requests to end.")] = 30.0,
+    shutdown_linger: Annotated[
+        float, typer.Option(min=0, help="Seconds to listen on after SIGTERM, while not ready.")
+    ] = 5.0,
+    log_level: LogLevel = "info",
+) -> None:
+    """Serve MODEL over the OpenAI API."""
+    _start_logging(log_level)
+    from engine.async_engine import AsyncEngine
+    from server.app import create_app
+    from server.auth import hash_key
+    from server.context import Lifecycle
+    from server.progress import ProgressDisplay
+    from server.serve import ShutdownTimes, listen, run
+
+    environment = Environment()
+    with listen(host, port) as listener:  # first of all: a port in use is told before anything is loaded
+        names = tuple(served_model_name or [_name_of(model)])
+        config = EngineConfig(
+            model=_directory_of(model, environment),
+            served_name=names[0],
+            dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+            max_model_len=max_model_len,
+            kv_memory_nbytes=kv_memory,
+            num_threads=threads,
+            seed=seed,
+            cache=CacheConfig(format=experts, memory_nbytes=expert_memory, policy=cache_policy, packed_dir=packed_dir),
+            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+        )
+        keys = environment.api_keys + (_read_keys(api_key_file) if api_key_file else [])
+        settings = AppSettings(
+            served_names=names,
+            accept_any_model_name=accept_any_model_name,
+            strict_requests=strict_requests,
+            api_key_hashes=tuple(hash_key(key) for key in keys),
+            open_metrics=open_metrics,
+            max_parallel_prompts=max_num_seqs,
+        )
+        display = ProgressDisplay()
+        engine = AsyncEngine(config, progress=display)
+        lifecycle = Lifecycle()
+        run(
+            engine,
+            create_app(engine, settings, lifecycle=lifecycle),
+            lifecycle,
+            listener,
+            times=ShutdownTimes(timeout_s=shutdown_timeout, linger_s=shutdown_linger),
+            display=display,
+        )
+
+
+@app.command()
+def chat(
+    model: Model = "demo",
+    once: Annotated[str | None, typer.Option(metavar="PROMPT", help="Answer this and exit.")] = None,
+    url: Annotated[str | None, typer.Option(help="Talk to this server instead of loading a model.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: the same answer every time.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    dtype: Dtype = "auto",
+    experts: Experts = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_memory: KvMemory = _KV_MEMORY,
+    expert_memory: ExpertMemory = None,
+    packed_dir: PackedDir = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Talk to MODEL in the terminal, or to a running server with --url."""
+    _start_logging(log_level)
+    from server.chat_terminal import chat_in_process, chat_with_server
+
+    environment = Environment()
+    if url is not None:
+        fields = {"temperature": temperature, "max_tokens": max_tokens, **({} if seed is None else {"seed": seed})}
+        asyncio.run(chat_with_server(url, environment.api_keys, fields, once))
+        return
+    config = EngineConfig(
+        model=_directory_of(model, environment),
+        served_name=_name_of(model),
+        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        max_model_len=max_model_len,
+        kv_memory_nbytes=kv_memory,
+        num_threads=threads,
+        seed=seed,
+        cache=CacheConfig(format=experts, memory_nbytes=expert_memory, packed_dir=packed_dir),
+        scheduler=SchedulerConfig(max_num_seqs=1),
+    )
+    asyncio.run(chat_in_process(config, temperature=temperature, max_tokens=max_tokens, once=once))
+
+
+@app.command()
+def pull(model: Model = "demo", log_level: LogLevel = "warning") -> None:
+    """Download MODEL (`demo` or a hub name) and say where it is."""
+    _start_logging(log_level)
+    from engine.hub import pull as pull_model
+    from server.progress import ProgressDisplay
+
+    with ProgressDisplay() as display:
+        directory = pull_model(model, Environment().home, display)
+    typer.echo(directory)
+
+
+@app.command()
+def convert(
+    model: Model = "demo", experts: Experts = "int8", packed_dir: PackedDir = None, log_level: LogLevel = "warning"
+) -> None:
+    """Pack the experts of MODEL for serving, which otherwise happens when it is first served."""
+    _start_logging(log_level)
+    from engine.convert import convert as convert_model
+    from server.progress import ProgressDisplay
+
+    directory = _directory_of(model, Environment())
+    with ProgressDisplay() as display:
+        packed = convert_model(directory, experts, packed_dir, display)
+    typer.echo(packed)
+
+
+@app.command()
+def refactor(
+    source: Annotated[Path, typer.Argument(help="A dense Llama checkpoint: a directory or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write; must not exist.")],
+    num_experts: Annotated[int, typer.Option(min=1, help="Routed experts in each layer.")] = 16,
+    shared_size: Annotated[int, typer.Option(min=0, help="Neurons of the expert that is always on.")] = 512,
+    num_active: Annotated[int, typer.Option(min=1, help="Routed experts that each token uses.")] = 12,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text to learn from; may be given several times [default: Python's help texts]"),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Use this plan instead of learning one.")] = None,
+    save_plan: Annotated[Path | None, typer.Option(help="Keep what was learned in this file.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of what is written: bfloat16 or float32.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Of the sampling of the text.")] = 0,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Split a dense model's layers into experts and write the MoE, which serves like any other."""
+    _start_logging(log_level)
+    from engine.refactor.command import refactor as refactor_model
+    from server.progress import ProgressDisplay
+
+    with ProgressDisplay() as display:
+        report = refactor_model(
+            source,
+            out,
+            num_experts=num_experts,
+            shared_size=shared_size,
+            num_active=num_active,
+            calibration=calibration,
+            plan=plan,
+            save_plan=save_plan,
+            dtype=dtype,
+            seed=seed,
+            progress=display,
+        )
+    for measured in report.perplexities:
+        typer.echo(
+            f"perplexity of {measured.name}: {measured.dense:.2f} dense, "
+            f"{measured.refactored:.2f} refactored ({measured.ratio:.2f}x)"
+        )
+    typer.echo(f"{report.out}: {report.active_share:.0%} of each layer active, made in {report.seconds:.0f} s")
+
+
+def _directory_of(model: str, environment: Environment) -> Path:
+    """The checkpoint directory; `demo` is pulled first where it is not here yet."""
+    from engine import hub
+    from server.progress import ProgressDisplay
+
+    if model == hub.DEMO and not Path(model).is_dir():
+        with ProgressDisplay() as display:
+            return hub.pull(model, environment.home, display)
+    return hub.resolve_model(model, environment.home)
+
+
+def _name_of(model: str) -> str:
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _read_keys(path: Path) -> list[str]:
+    keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not keys:
+        raise ConfigError(f"{path} has no keys in it; write one a line")
+    return keys
+
+
+def _start_logging(level: str) -> None:
+    if level not in _LOG_LEVELS:
+        raise typer.BadParameter(f"{level!r} is not one of {', '.join(_LOG_LEVELS)}", param_hint="--log-level")
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    if level == "info":
+        for chatty in ("uvicorn.error", "httpx", "httpcore", "asyncio"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,82 @@
+"""What every route is given: the engine, the settings, the metrics, and whether the server is going away."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Final
+
+from engine.errors import EngineDead
+from server.engine_face import Engine
+from server.errors import ApiError, Unavailable
+from server.metrics import ServerMetrics
+from server.settings import AppSettings
+
+VERSION: Final = version("foregate")
+
+
+class Lifecycle:
+    """Set by whoever runs the server: from `draining` on it is not ready, though requests are still served."""
+
+    def __init__(self) -> None:
+        self.draining = False
+
+
+class SeenNames:
+    """Names met so far, at most `limit` of them, so that a client cannot fill the log or the memory."""
+
+    def __init__(self, limit: int = 256) -> None:
+        self._limit = limit
+        self._names: set[str] = set()
+
+    def is_new(self, name: str) -> bool:
+        if len(self._names) >= self._limit or name in self._names:
+            return False
+        self._names.add(name)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class AppContext:
+    engine: Engine
+    settings: AppSettings
+    metrics: ServerMetrics
+    lifecycle: Lifecycle
+    now: Callable[[], float] = time.time  # for `created`
+    clock: Callable[[], float] = time.monotonic  # for durations
+    unknown_fields: SeenNames = field(default_factory=SeenNames)
+
+    @property
+    def state(self) -> str:
+        """The engine's state, or "draining" as soon as the server is going away."""
+        state = self.engine.stats().state
+        return "draining" if self.lifecycle.draining and state == "ready" else state
+
+    def require_engine(self) -> None:
+        """Raises `Unavailable` while the model loads and `EngineDead` when it cannot serve any more."""
+        state = self.engine.stats().state
+        if state in ("loading", "stopped"):
+            self.metrics.reject("loading")
+            raise Unavailable("the model is still loading", code="loading", retry_after_s=2.0)
+        if state == "draining":
+            self.metrics.reject("draining")
+            raise Unavailable("the server is shutting down", code="shutting_down", retry_after_s=5.0)
+        if state == "dead":
+            raise EngineDead("the engine has stopped working")
+
+    def served_name(self, requested: str | None) -> str:
+        """The model name to answer with; raises 404 `model_not_found`."""
+        if requested is None:
+            return self.settings.served_names[0]
+        if requested in self.settings.served_names or self.settings.accept_any_model_name:
+            return requested
+        raise ApiError(404, f"the model `{requested[:200]}` does not exist", param="model", code="model_not_found")
+
+    def fingerprint(self) -> str:
+        """Same fingerprint, same version and same numerical settings."""
+        info = self.engine.info
+        text = f"{VERSION} {info.name} {info.model_type} {info.dtype} {info.expert_format}"
+        return f"fg_{hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -1,0 +1,36 @@
+"""The engine as the HTTP layer sees it. `AsyncEngine` is one; tests script another."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from engine.messages import EngineStats, ModelInfo, RequestOutput
+from engine.sampling_params import SamplingParams
+
+
+class Engine(Protocol):
+    """What requests need. Errors are those of `engine.errors`."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    async def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]: ...
+
+    async def encode(self, text: str) -> list[int]: ...
+
+    async def decode(self, token_ids: list[int]) -> str: ...
+
+    def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncIterator[RequestOutput]: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+class StartableEngine(Engine, Protocol):
+    """What running a server needs besides."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self, *, drain_s: float = 0.0) -> None: ...

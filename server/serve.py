@@ -1,0 +1,166 @@
+"""Running the application on a socket: listens at once, loads the engine, and goes away in good order on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from engine.errors import ConfigError
+from server.context import Lifecycle
+from server.engine_face import StartableEngine
+
+_log = logging.getLogger("foregate.server")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShutdownTimes:
+    """After SIGTERM: `linger_s` still listening but not ready, `timeout_s` in all until what runs is cut."""
+
+    timeout_s: float = 30.0
+    linger_s: float = 5.0  # for load balancers to notice; SIGINT does not linger
+
+    def linger_after(self, signum: int) -> float:
+        return min(self.linger_s, self.timeout_s) if signum == signal.SIGTERM else 0.0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, with signals left to us: its own handling re-raises them before the engine has stopped."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; raises `ConfigError` with the cure."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise ConfigError(f"cannot listen on {host}: {exc.strerror or exc}; choose another --host") from exc
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except (OSError, OverflowError) as exc:
+        listener.close()
+        reason = getattr(exc, "strerror", None) or exc
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from exc
+    listener.setblocking(False)
+    return listener
+
+
+async def serve(
+    engine: StartableEngine,
+    app: ASGIApp,
+    lifecycle: Lifecycle,
+    listener: socket.socket,
+    *,
+    stop: asyncio.Future[Any],
+    times: ShutdownTimes,
+    display: AbstractContextManager[Any],
+) -> bool:
+    """Serve until `stop` has a signal number; False: that came before the engine was loaded.
+
+    Raises what loading raises. `display` is entered while the engine loads.
+    """
+    server = _Server(_config(app, times))
+    serving: asyncio.Future[Any] = asyncio.ensure_future(server.serve(sockets=[listener]))
+    loading: asyncio.Future[Any] = asyncio.ensure_future(engine.start())
+    try:
+        with display:
+            await asyncio.wait([serving, loading, stop], return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            loading.cancel()
+            return False
+        loading.result()
+        host, port = listener.getsockname()[:2]
+        _log.info("ready: http://%s:%d/v1 serves %s", f"[{host}]" if ":" in host else host, port, engine.info.name)
+        await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
+        lifecycle.draining = True
+        if stop.done():
+            await _drain(engine, server, serving, times, stop.result())
+        return True
+    finally:
+        server.should_exit = True
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+async def _drain(
+    engine: StartableEngine, server: uvicorn.Server, serving: asyncio.Future[Any], times: ShutdownTimes, signum: int
+) -> None:
+    linger_s = times.linger_after(signum)
+    _log.info("shutting down: not ready any more, running requests have %g s", times.timeout_s)
+    await asyncio.wait({serving}, timeout=linger_s)
+    server.should_exit = True
+    await engine.stop(drain_s=times.timeout_s - linger_s)
+    await asyncio.wait({serving})
+
+
+def _config(app: ASGIApp, times: ShutdownTimes) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,  # above the usual 60 s of proxies, so that they close first
+        timeout_graceful_shutdown=round(times.timeout_s) + 1,
+    )
+
+
+def run(
+    engine: StartableEngine,
+    app: ASGIApp,
+    lifecycle: Lifecycle,
+    listener: socket.socket,
+    *,
+    times: ShutdownTimes,
+    display: AbstractContextManager[Any],
+) -> None:
+    """`serve` until SIGTERM or SIGINT; a second signal ends the process at once."""
+
+    async def until_signal() -> int | None:
+        loop = asyncio.get_running_loop()
+        stop: asyncio.Future[int] = loop.create_future()
+        with _first_signal_into(stop, loop):
+            loaded = await serve(engine, app, lifecycle, listener, stop=stop, times=times, display=display)
+            return None if loaded else _exit_now(stop.result())
+
+    asyncio.run(until_signal())
+
+
+@contextmanager
+def _first_signal_into(stop: asyncio.Future[int], loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    seen: list[int] = []
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if seen:
+            _exit_now(signum)
+        seen.append(signum)
+        loop.call_soon_threadsafe(stop.set_result, signum)
+
+    # not loop.add_signal_handler: the second signal must work when the loop is stuck
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _exit_now(signum: int) -> int:
+    """Without waiting for anything: a thread that loads a model cannot be interrupted."""
+    os._exit(128 + signum)

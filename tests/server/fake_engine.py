@@ -1,0 +1,154 @@
+"""An engine that plays a script: no model, no torch, the same face as `AsyncEngine`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.admission import check_request
+from engine.errors import InvalidRequest
+from engine.messages import (
+    EngineState,
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    PositionLogprobs,
+    RequestOutput,
+    TokenLogprob,
+)
+from engine.sampling_params import SamplingParams
+
+INFO = ModelInfo(
+    name="fake",
+    model_type="fake_moe",
+    max_model_len=64,
+    vocab_size=256,
+    has_chat_template=True,
+    dtype="float32",
+    expert_format="int8",
+)
+
+
+@dataclass
+class Token:
+    """One token of a script: its text (may be empty), its own bytes, how long it takes."""
+
+    text: str
+    raw: bytes | None = None
+    delay_s: float = 0.0
+
+    @property
+    def bytes(self) -> bytes:
+        return self.text.encode() if self.raw is None else self.raw
+
+
+@dataclass
+class Script:
+    """What the engine does with a prompt."""
+
+    tokens: list[Token] = field(default_factory=lambda: [Token("Par"), Token("is"), Token(".")])
+    refusal: Exception | None = None  # raised by the first __anext__
+    failure: Exception | None = None  # raised after the tokens
+    finish_reason: FinishReason = "stop"
+    error: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+
+
+class FakeEngine:
+    """A token is a byte of text. `script` may be a function of the prompt."""
+
+    def __init__(self, script: Script | Callable[[list[int]], Script] | None = None) -> None:
+        self.script = script or Script()
+        self.state: EngineState = "ready"
+        self.stats_to_tell = EngineStats(state="ready")
+        self.seen: list[tuple[str, list[int], SamplingParams]] = []
+        self.messages: list[dict[str, Any]] = []
+        self.num_open = 0  # generators started and not ended
+        self.num_aborted = 0
+        self.start_error: Exception | None = None
+        self.start_s = 0.0
+        self.stopped_with: float | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        return INFO
+
+    async def start(self) -> None:
+        self.state = "loading"
+        await asyncio.sleep(self.start_s)
+        if self.start_error is not None:
+            self.state = "dead"
+            raise self.start_error
+        self.state = "ready"
+
+    async def stop(self, *, drain_s: float = 0.0) -> None:
+        self.stopped_with = drain_s
+        deadline_s = asyncio.get_running_loop().time() + drain_s
+        while self.num_open and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(0.01)
+        self.state = "stopped"
+
+    async def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        if any("\x00" in message["content"] for message in messages):
+            raise InvalidRequest("the chat template failed", param="messages")
+        self.messages = messages
+        text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        return await self.encode(text + ("<assistant>" if add_generation_prompt else ""))
+
+    async def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    async def decode(self, token_ids: list[int]) -> str:
+        if any(token_id >= INFO.vocab_size for token_id in token_ids):
+            raise InvalidRequest("no such token", param="tokens")
+        return bytes(token_ids).decode("utf-8", "replace")
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncIterator[RequestOutput]:
+        script = self.script(prompt_token_ids) if callable(self.script) else self.script
+        self.seen.append((request_id, prompt_token_ids, params))
+        if script.refusal is not None:
+            raise script.refusal
+        check_request(INFO, prompt_token_ids, params)
+        self.num_open += 1
+        finished = False
+        try:
+            tokens = script.tokens[: params.max_tokens]
+            for position, token in enumerate(tokens, start=1):
+                if token.delay_s:
+                    await asyncio.sleep(token.delay_s)
+                finished = position == len(tokens) and script.failure is None
+                finish = script.finish_reason if len(tokens) == len(script.tokens) else "length"
+                yield RequestOutput(
+                    request_id=request_id,
+                    text=token.text,
+                    token_ids=[position],
+                    num_prompt_tokens=len(prompt_token_ids),
+                    num_cached_tokens=script.num_cached_tokens,
+                    num_output_tokens=position,
+                    logprobs=_logprobs(token, params),
+                    finish_reason=finish if finished else None,
+                    stop_reason=script.stop_reason if finished else None,
+                    error=script.error if finished else None,
+                )
+            if script.failure is not None:
+                raise script.failure
+        finally:
+            self.num_open -= 1
+            self.num_aborted += not finished
+
+    def stats(self) -> EngineStats:
+        values = {name: getattr(self.stats_to_tell, name) for name in self.stats_to_tell.__struct_fields__}
+        return EngineStats(**{**values, "state": self.state})
+
+
+def _logprobs(token: Token, params: SamplingParams) -> list[PositionLogprobs] | None:
+    if params.logprobs is None:
+        return None
+    chosen = TokenLogprob(1, -0.5, token.bytes)
+    others = [TokenLogprob(2 + rank, -1.0 - rank, b"x%d" % rank) for rank in range(params.logprobs - 1)]
+    return [PositionLogprobs(chosen, [chosen, *others][: params.logprobs])]
