@@ -1,7 +1,8 @@
 # CPU image. Not built by the project's own tests, which run without a Docker engine.
 FROM python:3.11-slim AS build
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY server server
 COPY engine engine
 COPY kernels kernels

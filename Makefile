@@ -6,7 +6,7 @@ ARGS ?=
 
 .PHONY: serve test check install clean
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml setup.py $(wildcard kernels/cpu/src/*)
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "Foregate needs Python 3.10 to 3.13; name one with make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'

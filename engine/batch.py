@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from cache.expert_cache import Phase
+from engine.kv_cache import BLOCK_SIZE
 from engine.scheduler import SchedulerOutput
+from kernels.backend import Sequences
 
 
 @dataclass(slots=True)
@@ -16,42 +18,39 @@ class Batch:
     """T tokens of S sequences."""
 
     token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    new_slots: Tensor  # [T] int64, where their KV goes
-    spans: list[tuple[int, int]]  # S times (first row, end row)
-    context_slots: list[Tensor]  # S times [context] int64, slots of all tokens up to the last new one
-    logit_rows: Tensor  # [sampled] int64, rows whose next token is wanted
+    sequences: Sequences
+    logit_rows: Tensor | None  # int64 [sampled], rows whose next token is wanted; None: all of them
     phase: Phase
 
     @classmethod
-    def build(
-        cls, output: SchedulerOutput, block_size: int, device: torch.device, *, all_logits: bool = False
-    ) -> Batch:
+    def build(cls, output: SchedulerOutput, *, all_logits: bool = False) -> Batch:
         """From what was scheduled. Logits are wanted of the last token of each sequence that has caught up."""
         token_ids: list[int] = []
         positions: list[int] = []
-        spans: list[tuple[int, int]] = []
-        context_slots: list[Tensor] = []
-        new_slots: list[Tensor] = []
+        slots: list[int] = []
+        row_begin, block_begin = [0], [0]
+        context: list[int] = []
+        blocks: list[int] = []
         logit_rows: list[int] = []
-        offsets = torch.arange(block_size)
         for request, num_tokens in output.num_tokens.items():
             start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
-            first_row = len(token_ids)
             token_ids += request.token_ids[start:end]
             positions += range(start, end)
-            spans.append((first_row, len(token_ids)))
-            slots = (torch.tensor(request.block_ids)[:, None] * block_size + offsets).flatten()[:end]
-            context_slots.append(slots.to(device))
-            new_slots.append(slots[start:])
+            slots += [request.block_ids[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(start, end)]
+            blocks += request.block_ids[: -(-end // BLOCK_SIZE)]
+            row_begin.append(len(token_ids))
+            block_begin.append(len(blocks))
+            context.append(end)
             if end == request.num_tokens:
                 logit_rows.append(len(token_ids) - 1)
+        sequences = Sequences(*map(_int32, (positions, slots, row_begin, context, block_begin, blocks)))
         return cls(
-            token_ids=torch.tensor(token_ids, device=device),
-            positions=torch.tensor(positions, device=device),
-            new_slots=torch.cat(new_slots).to(device),
-            spans=spans,
-            context_slots=context_slots,
-            logit_rows=torch.arange(len(token_ids)) if all_logits else torch.tensor(logit_rows, dtype=torch.int64),
-            phase="decode" if len(token_ids) == len(spans) else "prefill",
+            token_ids=torch.tensor(token_ids),
+            sequences=sequences,
+            logit_rows=None if all_logits or len(logit_rows) == len(token_ids) else torch.tensor(logit_rows).long(),
+            phase="decode" if len(token_ids) == len(context) else "prefill",
         )
+
+
+def _int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)

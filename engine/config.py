@@ -9,8 +9,8 @@ from typing import Literal
 
 from engine.errors import ConfigError
 
-Dtype = Literal["auto", "float32", "bfloat16"]
-DTYPES = ("auto", "float32", "bfloat16")
+Dtype = Literal["auto", "float32", "bfloat16", "int8"]
+DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*$", re.IGNORECASE)
 _UNITS = {"B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
@@ -66,11 +66,13 @@ class EngineConfig:
 
     model: Path
     served_name: str | None = None  # None: the directory's name
-    dtype: Dtype = "auto"  # dense weights and activations
+    dtype: Dtype = (
+        "auto"  # dense weights; products round activations alike, keys and values are at most bf16 but for float32
+    )
     max_model_len: int | None = None  # None: what the model allows and KV memory holds
     kv_memory_nbytes: int = 512 * 1024**2
-    block_size: int = 16  # tokens per KV block
-    num_threads: int | None = None  # None: torch's default
+    num_threads: int | None = None  # None: one for each core that this process may use
+    kernels: str = "auto"  # a name in kernels.backend.BACKENDS; auto: native where it was built
     seed: int | None = None  # of requests that bring none; None: from the operating system
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

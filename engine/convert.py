@@ -15,9 +15,8 @@ from engine.checkpoint import Checkpoint
 from engine.config import format_nbytes
 from engine.errors import CheckpointError, ConfigError
 from engine.models.spec import MoeSpec
-from kernels.quant.formats import FORMATS
+from kernels.quant.formats import FORMATS, ExpertWeights
 from kernels.quant.layout import RecordLayout
-from kernels.quant.record import ExpertWeights, QuantFormat
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def ensure_packed(
     moe = checkpoint.spec.moe
     if moe is None:
         raise CheckpointError(f"{checkpoint.directory.name} has no experts to pack")
-    quant_format, layout = expert_layout(checkpoint, format)
+    layout = expert_layout(checkpoint, format)
     name = checkpoint.directory.resolve().name
     path = (packed_dir / name if packed_dir else checkpoint.directory / "foregate") / f"experts.{format}.safetensors"
     if path.exists():
@@ -48,20 +47,20 @@ def ensure_packed(
             return path
         _log.warning("%s was made from another checkpoint: packing the experts anew", path.name)
     try:
-        _pack(checkpoint, moe, quant_format, layout, path, progress)
+        _pack(checkpoint, moe, layout, path, progress)
     finally:
         checkpoint.close()
     return path
 
 
-def expert_layout(checkpoint: Checkpoint, format: str) -> tuple[QuantFormat, RecordLayout]:
-    """The format and its record layout for this checkpoint's experts; raises `ConfigError` with the cure."""
+def expert_layout(checkpoint: Checkpoint, format: str) -> RecordLayout:
+    """The format's record layout for this checkpoint's experts; raises `ConfigError` with the cure."""
     if format not in FORMATS:
         raise ConfigError(f"unknown expert format {format!r}; known: {', '.join(FORMATS)}")
     moe = checkpoint.spec.moe
     assert moe is not None
     try:
-        return FORMATS[format], FORMATS[format].layout(checkpoint.spec.hidden_size, moe.intermediate_size)
+        return FORMATS[format].layout(checkpoint.spec.hidden_size, moe.intermediate_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -69,7 +68,6 @@ def expert_layout(checkpoint: Checkpoint, format: str) -> tuple[QuantFormat, Rec
 def _pack(
     checkpoint: Checkpoint,
     moe: MoeSpec,
-    quant_format: QuantFormat,
     layout: RecordLayout,
     path: Path,
     progress: Progress | None,
@@ -80,12 +78,12 @@ def _pack(
 
     def make_record(key: ExpertKey) -> memoryview:
         record.zero_()
-        quant_format.pack(_expert_weights(checkpoint, moe, key), record)
+        FORMATS[layout.format].pack(_expert_weights(checkpoint, moe, key), record)
         return record_bytes
 
     def tell(done: int, total: int) -> None:
         if progress is not None:
-            progress(f"packing experts as {quant_format.name}", done, total)
+            progress(f"packing experts as {layout.format}", done, total)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,12 +91,12 @@ def _pack(
         needed, free = len(keys) * layout.nbytes, disk.f_bavail * disk.f_frsize
         if needed > free:
             raise ConfigError(
-                f"packing the experts as {quant_format.name} needs {format_nbytes(needed)} on disk, "
+                f"packing the experts as {layout.format} needs {format_nbytes(needed)} on disk, "
                 f"{format_nbytes(free)} are free; make room or choose another --packed-dir"
             )
         write_packed_file(
             path,
-            format=quant_format.name,
+            format=layout.format,
             hidden_size=layout.hidden_size,
             intermediate_size=layout.intermediate_size,
             source=checkpoint.fingerprint,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 
@@ -16,9 +17,9 @@ from engine.config import EngineConfig, format_nbytes
 from engine.convert import Progress
 from engine.detokenizer import Detokenizer
 from engine.errors import ConfigError, InvalidRequest
-from engine.kv_cache import KVCache, kv_block_nbytes
+from engine.kv_cache import BLOCK_SIZE, KVCache, kv_block_nbytes
 from engine.layers.moe import ExpertArena, ExpertFailure
-from engine.loader import free_memory_nbytes, load_decoder, open_experts
+from engine.loader import free_memory_nbytes, kv_dtype, load_decoder, open_experts
 from engine.messages import EngineStats, FinishReason, ModelInfo, PositionLogprobs, RequestOutput, TokenLogprob
 from engine.model_runner import ModelRunner
 from engine.request import Request
@@ -26,6 +27,7 @@ from engine.sampler import SampledToken, Sampler
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SCHEDULERS, SchedulerOutput
 from engine.tokenizer import Tokenizer
+from kernels.backend import choose_backend
 
 _log = logging.getLogger(__name__)
 
@@ -41,21 +43,24 @@ class Engine:
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         checkpoint = Checkpoint(config.model)
         config = config.resolved(checkpoint.spec.moe is not None)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        num_threads = config.num_threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(num_threads)
+        try:
+            backend = choose_backend(config.kernels, num_threads)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(str(error)) from error
         self.config = config
         spec = checkpoint.spec
-        dtype: torch.dtype = getattr(torch, config.dtype)
+        dtype = kv_dtype(config.dtype)
         num_blocks, max_model_len = _plan_kv(config, checkpoint, dtype)
         self.tokenizer = Tokenizer(config.model)
         available = int((free_memory_nbytes() - config.kv_memory_nbytes) * (1 - _RESERVED_MEMORY_SHARE))
         self._experts: ExpertArena | None = None
         if spec.moe is not None:
             self._experts = open_experts(checkpoint, config.cache, available, progress)
-        model = load_decoder(checkpoint, dtype, max_model_len, self._experts, progress)
-        device = torch.device("cpu")
-        self._runner = ModelRunner(model, KVCache(spec, num_blocks, config.block_size, dtype, device), device)
-        self._blocks = BlockManager(num_blocks, config.block_size)
+        model = load_decoder(checkpoint, config.dtype, max_model_len, backend, self._experts, progress)
+        self._runner = ModelRunner(model, KVCache(spec, num_blocks, dtype))
+        self._blocks = BlockManager(num_blocks, BLOCK_SIZE)
         self.scheduler = SCHEDULERS[config.scheduler.policy](config.scheduler, self._blocks)
         self._eos_token_ids = frozenset(checkpoint.eos_token_ids() or _as_ids(self.tokenizer.eos_token_id))
         self._sampler = Sampler(sorted(self._eos_token_ids))
@@ -252,16 +257,16 @@ def _as_ids(token_id: int | None) -> tuple[int, ...]:
 def _plan_kv(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, int]:
     """-> number of KV blocks, max_model_len that they and the model allow."""
     spec = checkpoint.spec
-    num_blocks = config.kv_memory_nbytes // kv_block_nbytes(spec, config.block_size, dtype)
-    capacity = num_blocks * config.block_size
+    num_blocks = config.kv_memory_nbytes // kv_block_nbytes(spec, dtype)
+    capacity = num_blocks * BLOCK_SIZE
     wanted = config.max_model_len
     if wanted is not None and wanted > spec.max_position_embeddings:
         raise ConfigError(
             f"max_model_len {wanted} is above the {spec.max_position_embeddings} positions that the model was made for"
         )
     limit = spec.max_position_embeddings if wanted is None else wanted
-    if capacity < (limit if wanted is not None else config.block_size):
-        needed = -(-limit // config.block_size) * kv_block_nbytes(spec, config.block_size, dtype)
+    if capacity < (limit if wanted is not None else BLOCK_SIZE):
+        needed = -(-limit // BLOCK_SIZE) * kv_block_nbytes(spec, dtype)
         raise ConfigError(
             f"KV memory of {format_nbytes(config.kv_memory_nbytes)} holds {capacity} tokens, fewer than max_model_len "
             f"{limit}; raise --kv-memory to {format_nbytes(needed)} or lower --max-model-len"

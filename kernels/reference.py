@@ -6,12 +6,34 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+GROUP_SIZE = 32  # inputs that share a scale, of weights and of activations
+BLOCK_SIZE = 16  # tokens in a block of the KV cache
+
+
+def round_activations(x: Tensor, format: str) -> Tensor:
+    """x [..., K] as products of this weight format see it, float32.
+
+    float32: as it is; bf16: rounded to bf16; int8, int4: 8 bits per row and group of 32, scale = largest / 127.
+    """
+    if format == "float32":
+        return x.float()
+    if format == "bf16":
+        return x.to(torch.bfloat16).float()
+    num_inputs = x.shape[-1]
+    groups: Tensor = F.pad(x.float(), (0, -num_inputs % GROUP_SIZE)).unflatten(-1, (-1, GROUP_SIZE))
+    largest = groups.abs().amax(-1, keepdim=True)
+    q = torch.where(largest > 0, groups * (127.0 / largest), 0.0).round_()
+    return (q * (largest / 127.0)).flatten(-2)[..., :num_inputs]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, format: str) -> Tensor:
+    """x [n, K], weight float32 [N, K] as unpacked from `format` -> float32 [n, N]."""
+    return F.linear(round_activations(x, format), weight, bias)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., H] normalised by its root mean square in float32, times weight [H]; dtype of x (Zhang, Sennrich 2019)."""
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return weight * x32.to(x.dtype)
+    """x [..., H] normalised by its root mean square, times weight [H] (Zhang, Sennrich 2019)."""
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -21,73 +43,78 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None, :] + rotated * sin[:, None, :]
 
 
-def append_kv(kv_cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
-    """Write key, value [T, kv_heads, D] to token slots [T] of kv_cache [2, num_slots, kv_heads, D], in place."""
-    kv_cache[0].index_copy_(0, slots, key.to(kv_cache.dtype))
-    kv_cache[1].index_copy_(0, slots, value.to(kv_cache.dtype))
+def append_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Write key, value [T, kv_heads, D] to token slots [T] (block * 16 + offset) of the paged cache, in place.
+
+    keys [blocks, kv_heads, D, 16], values [blocks, kv_heads, 16, D].
+    """
+    blocks, offsets = slots.long() // BLOCK_SIZE, slots.long() % BLOCK_SIZE
+    keys[blocks, :, :, offsets] = key.to(keys.dtype)
+    values[blocks, :, offsets] = value.to(values.dtype)
 
 
 def paged_attention(
     query: Tensor,
-    kv_cache: Tensor,
-    query_spans: list[tuple[int, int]],
-    kv_slots: list[Tensor],
+    keys: Tensor,
+    values: Tensor,
+    row_begin: list[int],
+    context: list[int],
+    blocks: list[Tensor],
     scale: float,
 ) -> Tensor:
     """Causal grouped-query attention of any mix of chunks and decode rows.
 
-    query [T, heads, D]; kv_cache [2, num_slots, kv_heads, D]; sequence s owns the rows query_spans[s] of query, which
-    are the last tokens of the kv_slots[s] [context] slots. Returns [T, heads, D].
+    query [T, heads, D]; keys, values as in `append_kv`; sequence s owns the query rows row_begin[s]..row_begin[s + 1],
+    which are the last of its context[s] tokens, in the blocks blocks[s]. Returns [T, heads, D].
     """
     num_heads, head_dim = query.shape[1:]
-    num_kv_heads = kv_cache.shape[2]
+    num_kv_heads = keys.shape[1]
     out = torch.empty_like(query)
-    for (start, end), slots in zip(query_spans, kv_slots, strict=True):
+    for s, length in enumerate(context):
+        start, end = row_begin[s], row_begin[s + 1]
+        at = blocks[s].long()
+        k = keys[at].permute(1, 0, 3, 2).reshape(num_kv_heads, -1, head_dim)[:, :length].float()
+        v = values[at].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :length].float()
         q = query[start:end].transpose(0, 1)  # [heads, rows, D]
-        k = kv_cache[0, slots].to(query.dtype).transpose(0, 1)  # [kv_heads, context, D]
-        v = kv_cache[1, slots].to(query.dtype).transpose(0, 1)
-        num_rows, context = end - start, len(slots)
+        num_rows = end - start
         q = q.reshape(num_kv_heads, num_heads // num_kv_heads * num_rows, head_dim)
-        scores = (q @ k.transpose(1, 2)).float() * scale  # [kv_heads, group * rows, context]
+        scores = (q @ k.transpose(1, 2)) * scale  # [kv_heads, group * rows, context]
         if num_rows > 1:
-            hidden = torch.ones(num_rows, context, dtype=torch.bool, device=query.device).triu(context - num_rows + 1)
-            scores = scores.view(num_kv_heads, -1, num_rows, context).masked_fill(hidden, float("-inf"))
-            scores = scores.view(num_kv_heads, -1, context)
-        attended = scores.softmax(-1).to(query.dtype) @ v
+            hidden = torch.ones(num_rows, length, dtype=torch.bool).triu(length - num_rows + 1)
+            scores = scores.view(num_kv_heads, -1, num_rows, length).masked_fill(hidden, float("-inf"))
+            scores = scores.view(num_kv_heads, -1, length)
+        attended = scores.softmax(-1) @ v
         out[start:end] = attended.view(num_heads, num_rows, head_dim).transpose(0, 1)
     return out
 
 
-def route_softmax(logits: Tensor, num_active: int, *, renormalise: bool) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E] -> (ids [T, k] int64, weights [T, k] float32), best first.
+def route(logits: Tensor, num_active: int, routing: str) -> tuple[Tensor, Tensor]:
+    """Router logits [T, E] -> (ids [T, k] int32, weights [T, k] float32), best first.
 
-    Softmax over all experts, then the k largest; renormalise divides by their sum (Mixtral, Qwen3), else they stay
-    as they are (OLMoE).
+    softmax: over all experts, then the k largest as they are (OLMoE); softmax_renormalised: divided by their sum
+    (Mixtral, Qwen3); unweighted: the k largest logits, each with weight 1 (an FFN that was split into experts).
     """
-    probs = logits.float().softmax(-1)
-    weights, ids = probs.topk(num_active, dim=-1)
-    if renormalise:
+    if routing == "unweighted":
+        ids = logits.topk(num_active, dim=-1).indices
+        return ids.int(), torch.ones(ids.shape)
+    weights, ids = logits.softmax(-1).topk(num_active, dim=-1)
+    if routing == "softmax_renormalised":
         weights = weights / weights.sum(-1, keepdim=True)
-    return ids, weights
+    return ids.int(), weights
 
 
-def route_unweighted(logits: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E] -> the k largest, each with weight 1, as an FFN that was split into experts needs."""
-    ids = logits.float().topk(num_active, dim=-1).indices
-    return ids, torch.ones(ids.shape, dtype=torch.float32, device=ids.device)
-
-
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, format: str) -> Tensor:
     """x [n, H], gate and up [I, H], down [H, I] -> silu(x gate^T) * (x up^T) down^T [n, H] (Shazeer 2020)."""
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    x = round_activations(x, format)
+    return F.linear(round_activations(F.silu(F.linear(x, gate)) * F.linear(x, up), format), down)
 
 
 def combine(outputs: Tensor, weights: Tensor) -> Tensor:
     """outputs [T, k, H] of each (token, expert) in routing order, weights [T, k] -> [T, H].
 
-    Added in float32 in routing order, one after the other, whatever order the experts were computed in.
+    Added in routing order, one after the other, whatever order the experts were computed in.
     """
-    total = outputs[:, 0].float() * weights[:, :1]
+    total = outputs[:, 0] * weights[:, :1]
     for i in range(1, outputs.shape[1]):
-        total = total + outputs[:, i].float() * weights[:, i : i + 1]
-    return total.to(outputs.dtype)
+        total = total + outputs[:, i] * weights[:, i : i + 1]
+    return total

@@ -48,14 +48,15 @@ def _size_option(text: str) -> Any:
 
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, `demo`, or a hub name such as org/name.")]
-Dtype = Annotated[str, typer.Option(help="Dense weights and activations: auto, float32 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="Dense weights and activations: auto, float32, bfloat16 or int8.")]
 Experts = Annotated[str, typer.Option(help="Format of the experts: auto, float32, bf16, int8 or int4.")]
 ExpertMemory = Annotated[int | None, _size_option("Memory for experts, such as 512MiB [default: what fits]")]
 KvMemory = Annotated[int, _size_option("Memory for keys and values, such as 2GiB.")]
 PackedDir = Annotated[Path | None, typer.Option(help="Where packed experts are kept [default: beside the checkpoint]")]
 MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and output together.")]
 CachePolicy = Annotated[str, typer.Option(help="Which experts stay in memory.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads for arithmetic [default: torch's].")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads for arithmetic [default: one a core].")]
+Kernels = Annotated[str, typer.Option(help="auto, native or reference (slow, for comparison).")]
 Seed = Annotated[int | None, typer.Option(help="For requests that bring none [default: random].")]
 LogLevel = Annotated[str, typer.Option(help=f"One of {', '.join(_LOG_LEVELS)}.")]
 
@@ -94,6 +95,7 @@ def serve(
     open_metrics: Annotated[bool, typer.Option(help="/metrics needs no API key.")] = False,
     seed: Seed = None,
     threads: Threads = None,
+    kernels: Kernels = "auto",
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds for running requests to end.")] = 30.0,
     shutdown_linger: Annotated[
         float, typer.Option(min=0, help="Seconds to listen on after SIGTERM, while not ready.")
@@ -119,6 +121,7 @@ def serve(
             max_model_len=max_model_len,
             kv_memory_nbytes=kv_memory,
             num_threads=threads,
+            kernels=kernels,
             seed=seed,
             cache=CacheConfig(format=experts, memory_nbytes=expert_memory, policy=cache_policy, packed_dir=packed_dir),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
@@ -160,6 +163,7 @@ def chat(
     packed_dir: PackedDir = None,
     seed: Seed = None,
     threads: Threads = None,
+    kernels: Kernels = "auto",
     log_level: LogLevel = "warning",
 ) -> None:
     """Talk to MODEL in the terminal, or to a running server with --url."""
@@ -178,6 +182,7 @@ def chat(
         max_model_len=max_model_len,
         kv_memory_nbytes=kv_memory,
         num_threads=threads,
+        kernels=kernels,
         seed=seed,
         cache=CacheConfig(format=experts, memory_nbytes=expert_memory, packed_dir=packed_dir),
         scheduler=SchedulerConfig(max_num_seqs=1),

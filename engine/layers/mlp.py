@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.batch import Batch
-from kernels import reference
+from kernels.backend import Backend, Linear
 
 
 @dataclass(slots=True)
 class DenseMLP:
-    """gate and up [I, H], down [H, I]."""
+    """gate_up [2 I, H] with gate above up, down [H, I]."""
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    backend: Backend
+    gate_up: Linear
+    down: Linear
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [T, H] -> [T, H]."""
-        return reference.swiglu(x, self.gate, self.up, self.down)
+    def __call__(self, x: Tensor, batch: Batch, residual: Tensor) -> None:
+        """x [T, H], normed; adds to residual [T, H]."""
+        self.down(self.backend.swiglu(self.gate_up(x)), add_to=residual)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from cache.expert_cache import ExpertCache
@@ -13,12 +12,9 @@ from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from engine.batch import Batch
 from engine.layers.mlp import DenseMLP
-from kernels import reference
-from kernels.moe import expert_mlp, group_by_expert
+from engine.models.spec import Routing
+from kernels.backend import Backend, Linear
 from kernels.quant.layout import RecordLayout
-from kernels.quant.record import QuantFormat
-
-Route = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits [T, E] -> ids [T, k], weights [T, k]
 
 
 class ExpertFailure(RuntimeError):
@@ -30,16 +26,16 @@ class ExpertFailure(RuntimeError):
 
 
 class ExpertArena:
-    """The experts' side of a model: the cache, its arena as a tensor, and what its bytes mean."""
+    """The experts' side of a model: the cache, its slots as tensors, and what their bytes mean."""
 
-    def __init__(self, cache: ExpertCache, arena: Tensor, quant_format: QuantFormat, layout: RecordLayout) -> None:
-        """arena uint8 [slots, slot_nbytes]."""
+    def __init__(self, cache: ExpertCache, arena: memoryview, num_slots: int, layout: RecordLayout) -> None:
+        """`arena` are the bytes of all slots, one after the other."""
         self.cache = cache
-        self.arena = arena
-        self.quant_format = quant_format
         self.layout = layout
+        self.records = list(torch.frombuffer(arena, dtype=torch.uint8).view(num_slots, -1))
 
 
+@dataclass(slots=True)
 class MoELayer:
     """Experts of one layer, and a shared one where the family has it.
 
@@ -47,42 +43,27 @@ class MoELayer:
     (token, expert) product is kept apart until all are added in routing order.
     """
 
-    def __init__(
-        self,
-        layer: int,
-        router: Tensor,
-        router_bias: Tensor | None,
-        route: Route,
-        experts: ExpertArena,
-        shared: DenseMLP | None,
-    ) -> None:
-        self._layer = layer
-        self._router = router  # [E, H]
-        self._router_bias = router_bias
-        self._route = route
-        self._experts = experts
-        self._shared = shared
+    layer: int
+    backend: Backend
+    router: Linear  # float32 [E, H]
+    routing: Routing
+    num_active: int
+    experts: ExpertArena
+    shared: DenseMLP | None
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [T, H] -> [T, H]; raises `ExpertFailure`."""
-        router_input = x.to(self._router.dtype)
-        topk_ids, topk_weights = self._route(F.linear(router_input, self._router, self._router_bias))
-        positions = group_by_expert(topk_ids)
-        keys = [ExpertKey(self._layer, expert) for expert in positions]
-        outputs = x.new_empty(*topk_ids.shape, x.shape[1])  # [T, k, H]
-        experts = self._experts
+    def __call__(self, x: Tensor, batch: Batch, residual: Tensor) -> None:
+        """x [T, H], normed; adds to residual [T, H]; raises `ExpertFailure`, and the step is then void."""
+        routing = self.backend.route(self.router(x), self.num_active, self.routing)
+        keys = [ExpertKey(self.layer, expert) for expert in routing.experts]
+        outputs = x.new_empty(x.shape[0] * self.num_active, x.shape[1])
+        experts = self.experts
         try:
             with experts.cache.acquire(keys, batch.phase) as lease:
                 for ready in lease.batches():
-                    records = [(key.expert, experts.arena[slot]) for key, slot in ready]
-                    expert_mlp(x, positions, records, experts.quant_format, experts.layout, outputs)
+                    records = [(key.expert, experts.records[slot]) for key, slot in ready]
+                    self.backend.expert_mlp(x, routing, records, experts.layout, outputs)
         except ExpertReadError as error:
-            rows = (positions[error.key.expert] // topk_ids.shape[1]).tolist()
-            raise ExpertFailure(rows, error) from error
-        routed = reference.combine(outputs, topk_weights)
-        return routed if self._shared is None else routed + self._shared(x, batch)
-
-
-def make_arena(buffer: memoryview, num_slots: int) -> Tensor:
-    """A slot pool's bytes as uint8 [slots, slot_nbytes], without a copy."""
-    return torch.frombuffer(buffer, dtype=torch.uint8).view(num_slots, -1)
+            raise ExpertFailure(routing.tokens_of(error.key.expert), error) from error
+        self.backend.combine(outputs, routing.weights, add_to=residual)
+        if self.shared is not None:
+            self.shared(x, batch, residual)

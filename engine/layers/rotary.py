@@ -10,18 +10,11 @@ from torch import Tensor
 from engine.models.spec import RopeSpec
 
 
-class RotaryEmbedding:
-    """Tables cos, sin [max_positions, head_dim] in float32, rows given out by position."""
-
-    def __init__(self, spec: RopeSpec, head_dim: int, max_positions: int, device: torch.device) -> None:
-        frequencies = _inverse_frequencies(spec, head_dim)
-        angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies  # [positions, D/2]
-        angles = torch.cat((angles, angles), dim=-1)
-        self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
-
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [T] -> cos, sin [T, head_dim]."""
-        return self._cos[positions].to(dtype), self._sin[positions].to(dtype)
+def rotary_tables(spec: RopeSpec, head_dim: int, max_positions: int) -> tuple[Tensor, Tensor]:
+    """cos, sin float32 [max_positions, head_dim], each frequency in both halves of the head."""
+    angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * _inverse_frequencies(spec, head_dim)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def _inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:

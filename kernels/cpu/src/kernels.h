@@ -1,0 +1,82 @@
+// What every instruction set offers. All kernels compute the same bits for any number of rows and threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace foregate {
+
+class ThreadPool;
+
+enum Format : int { kFloat32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
+
+// One expert call: the rows routed to each expert, and where its products go.
+struct ExpertCall {
+    int format, hidden_size, intermediate_size;
+    const float* x;                  // [num_tokens, hidden]
+    int num_tokens, num_active;
+    int num_experts;
+    const uint8_t* const* records;   // [num_experts]
+    const int32_t* row_begin;        // [num_experts] into positions
+    const int32_t* row_end;
+    const int32_t* positions;        // token * num_active + rank
+    float* out;                      // [num_tokens * num_active, hidden]
+};
+
+struct LinearCall {
+    int format, num_outputs, num_inputs;
+    const uint8_t* weight;  // packed
+    const float* bias;      // [num_outputs] or null
+    const float* x;         // [num_rows, num_inputs]
+    int64_t x_stride;       // floats
+    int num_rows;
+    float* out;             // [num_rows, num_outputs]
+    int64_t out_stride;
+    int accumulate;         // out += product
+};
+
+struct AttentionCall {
+    int num_heads, num_kv_heads, head_dim, kv_is_bf16;
+    float scale;
+    const float* query;           // [rows, heads, head_dim]
+    const void* keys;             // [blocks, kv_heads, head_dim, 16]
+    const void* values;           // [blocks, kv_heads, 16, head_dim]
+    int num_seqs;
+    const int32_t* row_begin;     // [num_seqs + 1]
+    const int32_t* context;       // [num_seqs] tokens, the new ones included
+    const int32_t* block_begin;   // [num_seqs + 1] into blocks
+    const int32_t* blocks;
+    float* out;                   // [rows, heads, head_dim]
+};
+
+struct QkvCall {
+    int num_heads, num_kv_heads, head_dim, kv_is_bf16;
+    int norm;                     // 0 none, 1 each head, 2 all heads together
+    float eps, clip;              // clip 0: none
+    const float *q_norm, *k_norm;
+    const float *cos, *sin;       // [positions, head_dim]
+    const float* qkv;             // [rows, (heads + 2 kv_heads) * head_dim]
+    int num_rows;
+    const int32_t* positions;     // [rows]
+    const int32_t* slots;         // [rows] block * 16 + offset
+    float* query;                 // [rows, heads, head_dim]
+    void *keys, *values;
+};
+
+struct KernelTable {
+    const char* name;
+    void (*expert_mlp)(ThreadPool&, const ExpertCall&);
+    void (*linear)(ThreadPool&, const LinearCall&);
+    void (*rms_norm)(ThreadPool&, const float* x, const float* weight, float eps, int num_rows, int size, float* out);
+    void (*prepare_qkv)(ThreadPool&, const QkvCall&);
+    void (*attention)(ThreadPool&, const AttentionCall&);
+    void (*combine)(ThreadPool&, const float* outputs, const float* weights, int num_tokens, int num_active, int size,
+                    float* out, int accumulate);
+    void (*swiglu)(ThreadPool&, const float* gate_up, int num_rows, int size, float* out);
+};
+
+extern const KernelTable kPortable;
+extern const KernelTable kAvx2;
+extern const KernelTable kAvx512;
+
+}  // namespace foregate

@@ -1,0 +1,21 @@
+// The kernels for one instruction set; the flags to compile it with are in setup.py.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace foregate {
+namespace portable {
+#include "vec.h"
+
+#include "attention.inl"
+#include "gemm.inl"
+}  // namespace portable
+
+const KernelTable kPortable = {"portable",      portable::expert_mlp, portable::linear,  portable::rms_norm,
+                           portable::prepare_qkv, portable::attention,  portable::combine, portable::swiglu};
+}  // namespace foregate

@@ -1,0 +1,68 @@
+"""Builds the native CPU kernels with the system's compiler; everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCE = Path("kernels/cpu/src")
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=default", "-Wall", "-Wextra", "-pthread"]
+ISA_FLAGS = {"kernels_portable.cpp": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["kernels_avx2.cpp"] = ["-DFG_AVX2", "-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["kernels_avx512.cpp"] = [
+        "-DFG_AVX512",
+        "-Wno-maybe-uninitialized",  # of GCC 12 about its own header
+        "-Wno-uninitialized",
+        *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "bf16")),
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+    ]
+
+
+class BuildNative(build_ext):
+    """One shared library without Python in it, so one build serves every version. Optional: see kernels.cpu.native."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "clang++"]
+        extra = shlex.split(os.environ.get("FOREGATE_CXXFLAGS", ""))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                objects = []
+                for source in ("api.cpp", "route.cpp", "thread_pool.cpp", *ISA_FLAGS):
+                    objects.append(str(Path(scratch, source).with_suffix(".o")))
+                    flags = [*FLAGS, *ISA_FLAGS.get(source, []), *extra]
+                    subprocess.run([*compiler, *flags, "-c", str(SOURCE / source), "-o", objects[-1]], check=True)
+                subprocess.run([*compiler, "-shared", "-pthread", *extra, *objects, "-o", str(target)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"WARNING: the native CPU kernels were not built ({error}).", file=sys.stderr)
+            print("WARNING: Foregate will run on its slow reference kernels. Install a C++17 compiler", file=sys.stderr)
+            print("WARNING: (on Debian: apt-get install g++) and install Foregate again.", file=sys.stderr)
+            target.unlink(missing_ok=True)
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
+            if built.exists():
+                shutil.copy2(built, self.get_ext_filename(ext.name))
+
+
+setup(
+    ext_modules=[Extension("kernels.cpu.libforegate", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)
