@@ -197,7 +197,7 @@ static inline size_t record_size(int head_dim) { return (size_t)padded_dim(head_
 
 // scores [R][kScoreStride] of B blocks with R queries, interleaved [head_dim][R]; keys [2 B]: these, then those to prefetch.
 template <int R, int B, class T>
-static inline void score_blocks(const T* const* keys, const float* queries, int head_dim, float scale, float* scores) {
+static void score_blocks(const T* const* keys, const float* queries, int head_dim, float scale, float* scores) {
     constexpr int step = 4 / sizeof(T);  // components in one cache line
     const T* at[B];
     const T* ahead[B];
@@ -239,7 +239,7 @@ static inline void soften(float* scores, int num_positions, float* maximum, floa
 
 // acc += weights [R][kScoreStride] of positions begin..end, times 16 D components of their values.
 template <int R, int D, class T>
-static inline void weigh(F16 acc[R][D], const T* values, size_t stride, const T* ahead, const float* weights, int num) {
+[[gnu::always_inline]] static inline void weigh(F16 acc[R][D], const T* values, size_t stride, const T* ahead, const float* weights, int num) {
     for (int j = 0; j < num; ++j) {
         F16 v[D];
         for (int c = 0; c < D; ++c) v[c] = load_kv(values + j * stride + c * 16);
