@@ -1,0 +1,79 @@
+"""Perplexity of the dense model and of its refactored self on the same text, streamed layer by layer side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from engine.refactor.corpus import Passages
+from engine.refactor.dense import DenseLayer, Rotary, attend, embed, token_log_likelihoods
+from engine.refactor.plan import LayerPlan, RefactorPlan, SplitSettings
+from engine.refactor.source import DenseSource
+from kernels.reference import rms_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood per scored token."""
+
+    name: str
+    dense: float
+    refactored: float
+
+    @property
+    def ratio(self) -> float:
+        return self.refactored / self.dense
+
+
+def refactored_ffn(x: Tensor, layer: DenseLayer, plan: LayerPlan, settings: SplitSettings) -> Tensor:
+    """Normed input [..., H] -> output of the shared expert plus the chosen ones [..., H], computed with dense weights.
+
+    Neurons of experts that are not chosen are zeroed: the same sum as the MoE's, in another order.
+    """
+    logits = F.linear(x, plan.router_weight, plan.router_bias)
+    chosen = torch.zeros_like(logits).scatter_(-1, logits.topk(settings.num_active, dim=-1).indices, 1.0)
+    routed = plan.permutation[settings.shared_size :]
+    active = torch.ones(*x.shape[:-1], len(plan.permutation))
+    active[..., routed] = chosen.repeat_interleave(len(routed) // settings.num_experts, dim=-1)
+    return F.linear(layer.neurons(x) * active, layer.down)
+
+
+@torch.inference_mode()
+def perplexities(
+    source: DenseSource,
+    plan: RefactorPlan,
+    texts: list[Passages],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Perplexity]:
+    """One `Perplexity` per text. Memory: one layer and two hidden states of every token."""
+    config = source.config
+    rotary = Rotary.build(config, max(text.tokens.shape[1] for text in texts))
+    dense = [embed(source, text.tokens) for text in texts]
+    refactored = [hidden.clone() for hidden in dense]
+    for index, layer_plan in enumerate(plan.layers):
+        layer = DenseLayer.load(source, index)
+        for hidden in (row[None] for text in dense for row in text):
+            hidden.copy_(attend(hidden, layer, config, rotary))
+            x = rms_norm(hidden, layer.post_norm, config.rms_norm_eps)
+            hidden += F.linear(layer.neurons(x), layer.down)
+        for hidden in (row[None] for text in refactored for row in text):
+            hidden.copy_(attend(hidden, layer, config, rotary))
+            x = rms_norm(hidden, layer.post_norm, config.rms_norm_eps)
+            hidden += refactored_ffn(x, layer, layer_plan, plan.settings)
+        progress(index + 1, len(plan.layers))
+    return [
+        Perplexity(text.name, _perplexity(source, a, text), _perplexity(source, b, text))
+        for text, a, b in zip(texts, dense, refactored, strict=True)
+    ]
+
+
+def _perplexity(source: DenseSource, hidden: Tensor, text: Passages) -> float:
+    total = 0.0
+    for likelihoods, scored in zip(token_log_likelihoods(source, hidden, text.tokens), text.scored, strict=True):
+        total += float(likelihoods[scored].sum(dtype=torch.float64))
+    return math.exp(-total / int(text.scored.sum()))

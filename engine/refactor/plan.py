@@ -1,0 +1,122 @@
+"""What refactoring learns: which neurons are shared, which form each expert, and the routers. One small file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from engine.errors import CheckpointError, ConfigError
+from engine.refactor.llama_config import LlamaConfig
+
+_FORMAT = "foregate-refactor-plan-1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitSettings:
+    """How every FFN is cut: `shared_size` neurons always on, the rest in `num_experts` equal experts, some active."""
+
+    num_experts: int = 16
+    shared_size: int = 512
+    num_active: int = 12
+
+    def expert_size(self, intermediate_size: int) -> int:
+        """Neurons per expert. Raises `ConfigError` when the neurons cannot be cut that way."""
+        routed = intermediate_size - self.shared_size
+        if self.shared_size < 1 or self.num_experts < 1 or routed < self.num_experts or routed % self.num_experts:
+            raise ConfigError(
+                f"cannot cut {intermediate_size} neurons into {self.shared_size} shared ones and {self.num_experts} "
+                f"equal experts; choose shared_size so that {intermediate_size} - shared_size is a multiple of "
+                f"{self.num_experts}"
+            )
+        if not 1 <= self.num_active <= self.num_experts:
+            raise ConfigError(f"num_active must be 1..{self.num_experts}, got {self.num_active}")
+        return routed // self.num_experts
+
+    def active_share(self, intermediate_size: int) -> float:
+        """Share of the FFN's neurons that one token uses."""
+        active = self.shared_size + self.num_active * self.expert_size(intermediate_size)
+        return active / intermediate_size
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer: neuron order [I] int64 (shared ones first, then expert after expert) and the router, float32."""
+
+    permutation: Tensor
+    router_weight: Tensor  # [E, H]
+    router_bias: Tensor  # [E]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefactorPlan:
+    """Every layer's plan, for the checkpoint whose `engine.refactor.source.fingerprint` is `source_sha256`."""
+
+    settings: SplitSettings
+    source_sha256: str
+    layers: list[LayerPlan]
+
+    def check(self, config: LlamaConfig) -> None:
+        """Raises `CheckpointError` unless the plan has the model's shape and its permutations are permutations."""
+        size = config.intermediate_size
+        if len(self.layers) != config.num_hidden_layers:
+            raise CheckpointError(f"the plan has {len(self.layers)} layers, the model {config.num_hidden_layers}")
+        for index, layer in enumerate(self.layers):
+            if not torch.equal(layer.permutation.sort().values, torch.arange(size)):
+                raise CheckpointError(f"the plan's layer {index} is not a permutation of the model's {size} neurons")
+            if layer.router_weight.shape != (self.settings.num_experts, config.hidden_size):
+                raise CheckpointError(f"the plan's layer {index} has a router of shape {layer.router_weight.shape}")
+            if layer.router_bias.shape != (self.settings.num_experts,):
+                raise CheckpointError(f"the plan's layer {index} has a bias of shape {layer.router_bias.shape}")
+
+    def rounded(self) -> RefactorPlan:
+        """As its file keeps it: router weights have passed through float16."""
+        layers = [
+            LayerPlan(x.permutation, x.router_weight.to(torch.float16).float(), x.router_bias) for x in self.layers
+        ]
+        return RefactorPlan(settings=self.settings, source_sha256=self.source_sha256, layers=layers)
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file: permutation uint16 [L, I], router.weight float16 [L, E, H], .bias float32 [L, E]."""
+        permutations = torch.stack([layer.permutation for layer in self.layers])
+        if permutations.shape[1] > 1 << 16:
+            raise CheckpointError(f"a plan holds at most 65536 neurons a layer, got {permutations.shape[1]}")
+        tensors = {
+            "permutation": permutations.to(torch.uint16),
+            "router.weight": torch.stack([layer.router_weight for layer in self.layers]).to(torch.float16),
+            "router.bias": torch.stack([layer.router_bias for layer in self.layers]),
+        }
+        about: dict[str, Any] = {
+            "format": _FORMAT,
+            "settings": asdict(self.settings),
+            "source_sha256": self.source_sha256,
+        }
+        # one key only: safetensors keeps metadata in a map without order, and the file must come out byte-identical
+        serialised: bytes = save(tensors, metadata={"foregate": json.dumps(about, sort_keys=True)})
+        return serialised
+
+    def sha256(self) -> str:
+        """Hash of the plan's file."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @classmethod
+    def load(cls, path: Path) -> RefactorPlan:
+        """Read what `to_bytes` made. Raises `CheckpointError` when the file is missing, damaged or something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {}).get("foregate", "{}"))
+                if about.get("format") != _FORMAT:
+                    raise CheckpointError(f"{path} is not a refactoring plan ({_FORMAT})")
+                permutations = file.get_tensor("permutation").to(torch.int64)
+                weights, biases = file.get_tensor("router.weight").float(), file.get_tensor("router.bias")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read the plan {path}: {error}") from error
+        layers = [LayerPlan(*parts) for parts in zip(permutations, weights, biases, strict=True)]
+        return cls(settings=SplitSettings(**about["settings"]), source_sha256=about["source_sha256"], layers=layers)

@@ -1,0 +1,185 @@
+"""Speed of the CPU kernels beside the roofs and the alternatives of the same run: `python -m kernels.bench`.
+
+Every figure is a median over rounds in which all contenders take turns, so that what else the machine does hits all of
+them. Experts are taken in turn from a set larger than the last-level cache, as a layer after layer does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.native import NativeBackend
+from kernels.quant.formats import FORMATS, ExpertWeights
+
+SHAPES = {  # hidden, intermediate, experts, active
+    "olmoe": (2048, 1024, 64, 8),
+    "qwen3-30b-a3b": (2048, 768, 128, 8),
+    "mixtral": (4096, 14336, 8, 2),
+    "demo": (576, 64, 16, 12),
+}
+WORKING_SET_NBYTES = 512 * 1024**2
+
+
+@dataclass
+class Contender:
+    """One thing to be timed: `run` does it once, moving `nbytes` of weights for `flops`."""
+
+    name: str
+    run: Callable[[], object]
+    nbytes: float
+    flops: float
+
+
+def measure(contenders: list[Contender], rounds: int, min_s: float = 0.02) -> dict[str, float]:
+    """Median seconds per run of each contender, taken in turns."""
+    times: dict[str, list[float]] = {c.name: [] for c in contenders}
+    repeats = {}
+    for c in contenders:
+        c.run()
+        started = time.perf_counter()
+        c.run()
+        repeats[c.name] = max(1, int(min_s / max(time.perf_counter() - started, 1e-7)))
+    for _ in range(rounds):
+        for c in contenders:
+            started = time.perf_counter()
+            for _ in range(repeats[c.name]):
+                c.run()
+            times[c.name].append((time.perf_counter() - started) / repeats[c.name])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def expert_contender(
+    backend: NativeBackend, format: str, shape: tuple[int, int, int, int], rows: int
+) -> tuple[Contender, int]:
+    """The expert MLP with `rows` rows for each of the active experts, and the number of records it turns through."""
+    hidden, inner, _, active = shape
+    layout = FORMATS[format].layout(hidden, inner)
+    num_records = max(active, min(256, WORKING_SET_NBYTES // layout.nbytes))
+    memory = torch.zeros(num_records * layout.nbytes + 4096, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % 4096 :]
+    records = list(memory[: num_records * layout.nbytes].view(num_records, -1))
+    gate, up, down = (torch.randn(shape) * 0.02 for shape in ((inner, hidden), (inner, hidden), (hidden, inner)))
+    FORMATS[format].pack(ExpertWeights(gate, up, down), records[0])
+    for record in records[1:]:
+        record.copy_(records[0])
+    x = torch.randn(rows, hidden)
+    logits = torch.zeros(rows, active)  # as many experts as are active: each has all the rows
+    routing = backend.route(logits, active, "softmax")
+    out = torch.empty(rows * active, hidden)
+    groups = cycle([list(range(i, i + active)) for i in range(0, num_records - active + 1, active)])
+
+    def run() -> None:
+        ready = [(expert, records[at]) for expert, at in enumerate(next(groups))]
+        backend.expert_mlp(x, routing, ready, layout, out)
+
+    products = 3 * hidden * inner * active
+    weights_nbytes = sum(section.nbytes for section in layout.sections) * active
+    return Contender(f"foregate {format} expert", run, weights_nbytes, 2.0 * products * rows), num_records
+
+
+def alternatives(shape: tuple[int, int, int, int], rows: int) -> Iterator[Contender]:
+    """torch's own products of the same size as one call's: [rows, H] x [H, 3 * I * active] in one piece."""
+    hidden, inner, _, active = shape
+    outputs = 3 * inner * active // 64 * 64
+    num_copies = max(1, min(8, WORKING_SET_NBYTES // 2 // (outputs * hidden)))
+    flops = 2.0 * rows * hidden * outputs
+    x = torch.randn(rows, hidden)
+
+    def turn(weights: list[Tensor], product: Callable[[Tensor], object]) -> Callable[[], object]:
+        order = cycle(weights)
+        return lambda: product(next(order))
+
+    x16 = x.bfloat16()
+    dense = [torch.randn(outputs, hidden).bfloat16() for _ in range(max(1, num_copies // 2))]
+    yield Contender(
+        "torch bf16 linear", turn(dense, lambda w: torch.nn.functional.linear(x16, w)), outputs * hidden * 2, flops
+    )
+    del dense
+
+    if hidden % 32 == 0:
+        q = torch.randint(0, 16, (outputs, hidden), dtype=torch.int32)
+        scales = torch.ones(hidden // 32, outputs, 2).bfloat16()
+        packed = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1) for _ in range(num_copies * 2)]
+        del q
+        yield Contender(
+            "torch int4pack",
+            turn(packed, lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(x16, w, 32, scales)),
+            outputs * hidden * (0.5 + 4 / 32),
+            flops,
+        )
+        del packed
+
+    torch.backends.quantized.engine = "onednn"
+    warnings.simplefilter("ignore")  # deprecated, but still the door to oneDNN's int8
+    weight = torch.quantize_per_tensor(torch.randn(outputs, hidden), 0.05, 0, torch.qint8)
+    prepacked = [torch.ops.quantized.linear_prepack(weight, None) for _ in range(num_copies)]
+    yield Contender(
+        "oneDNN int8 linear",
+        turn(prepacked, lambda w: torch.ops.quantized.linear_dynamic(x, w)),
+        outputs * hidden,
+        flops,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--format", choices=[*FORMATS, "all"], default="all")
+    parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256,512")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--isa", default="")
+    parser.add_argument("--no-alternatives", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    backend = NativeBackend(args.threads, args.isa)
+    memory = torch.zeros(WORKING_SET_NBYTES, dtype=torch.uint8)
+    read = Contender("streaming read", lambda: backend.read(memory), memory.numel(), 0.0)
+    if not args.json:
+        print(f"{backend.isa}, {args.threads} threads; medians of {args.rounds} rounds")
+        print(f"{'shape':14} {'rows':>4}  {'what':24} {'us':>10} {'GB/s':>7} {'GFLOP/s':>8} {'of read':>8}")
+    for shape_name, shape in SHAPES.items():
+        if args.shape not in (shape_name, "all"):
+            continue
+        for rows in map(int, args.rows.split(",")):
+            formats = [f for f in FORMATS if args.format in (f, "all")]
+            contenders = [read, *(expert_contender(backend, f, shape, rows)[0] for f in formats)]
+            if not args.no_alternatives:
+                contenders += alternatives(shape, rows)
+            seconds = measure(contenders, args.rounds)
+            roof = read.nbytes / seconds[read.name]
+            for c in contenders:
+                s = seconds[c.name]
+                row = {
+                    "shape": shape_name,
+                    "rows": rows,
+                    "what": c.name,
+                    "us": s * 1e6,
+                    "gb_per_s": c.nbytes / s / 1e9,
+                    "gflop_per_s": c.flops / s / 1e9,
+                    "of_streaming_read": c.nbytes / s / roof,
+                }
+                if args.json:
+                    print(json.dumps(row), flush=True)
+                else:
+                    print(
+                        f"{shape_name:14} {rows:4}  {c.name:24} {row['us']:10.1f} {row['gb_per_s']:7.1f} "
+                        f"{row['gflop_per_s']:8.0f} {row['of_streaming_read']:8.2f}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A refactored checkpoint's forward pass written independently of the code under test, to be compared with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class TwinFfn(torch.nn.Module):
+    """Shared expert plus the experts chosen by the router, each with weight one."""
+
+    def __init__(self, tensors: dict[str, Tensor], prefix: str, num_experts: int, num_active: int) -> None:
+        super().__init__()
+        self.tensors, self.prefix = tensors, prefix
+        self.num_experts, self.num_active = num_experts, num_active
+
+    def expert(self, x: Tensor, name: str) -> Tensor:
+        gate, up, down = (self.tensors[f"{self.prefix}{name}.{p}_proj.weight"].float() for p in ("gate", "up", "down"))
+        return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = x @ self.tensors[f"{self.prefix}router.weight"].T + self.tensors[f"{self.prefix}router.bias"]
+        chosen = logits.argsort(-1, descending=True)[..., : self.num_active]
+        out = self.expert(x, "shared_expert")
+        for i in range(self.num_experts):
+            out = out + (chosen == i).any(-1, keepdim=True) * self.expert(x, f"experts.{i}")
+        return out
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def load_twin(path: Path, *, num_active: int | None = None) -> LlamaForCausalLM:
+    """transformers' Llama with every FFN replaced by a `TwinFfn` over the tensors written to `path`."""
+    config = json.loads((path / "config.json").read_text())
+    assert config["architectures"] == ["ForegateLlamaMoeForCausalLM"]
+    assert config["model_type"] == "foregate_llama_moe"
+    tensors = load_tensors(path)
+    rope = config["rope_scaling"] or {"rope_type": "default"}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names += ("head_dim", "vocab_size", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+    settings = {name: config[name] for name in names}
+    model = LlamaForCausalLM(LlamaConfig(**settings, rope_parameters=rope | {"rope_theta": config["rope_theta"]}))
+    num_active = config["num_experts_per_tok"] if num_active is None else num_active
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp = TwinFfn(tensors, f"model.layers.{index}.mlp.", config["num_experts"], num_active)
+    dense = {name: tensor.float() for name, tensor in tensors.items() if ".mlp." not in name}
+    if config["tie_word_embeddings"]:
+        assert "lm_head.weight" not in dense
+        dense["lm_head.weight"] = dense["model.embed_tokens.weight"]
+    model.load_state_dict(dense)
+    return model.eval()
