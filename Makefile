@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL ?= demo
 ARGS ?=
 
-.PHONY: serve test check install clean
+.PHONY: serve test check sanitize install clean
 
 .venv/installed: pyproject.toml setup.py $(wildcard kernels/cpu/src/*)
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "Foregate needs Python 3.10 to 3.13; name one with make PYTHON=python3.11")'
@@ -25,6 +25,9 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+sanitize: .venv/installed
+	tests/kernels/sanitize.sh $(BIN)/python
 
 clean:
 	rm -rf .venv

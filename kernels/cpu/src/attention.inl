@@ -25,12 +25,15 @@ constexpr int kInline = 16384;                            // elements below whic
 
 // ---- parts of vectors, conversions, memory ----------------------------------------------------------------------------
 
-// The first min(n, 16) of 16 floats; the others are 0, and memory beyond is not touched.
-static inline F16 load_upto(const float* p, int n) {
-    if (n >= 16) return f_load(p);
-    float t[16] = {};
-    memcpy(t, p, n * sizeof(float));
-    return f_load(t);
+static inline F16 load_kv(const float* p) { return f_load(p); }
+static inline F16 load_kv(const uint16_t* p) { return f_from_bf16(p); }
+// The first min(n, 16) of 16 values; the others are 0, and memory beyond is not touched.
+template <class T>
+static inline F16 load_upto(const T* p, int n) {
+    if (n >= 16) return load_kv(p);
+    T t[16] = {};
+    memcpy(t, p, n * sizeof(T));
+    return load_kv(t);
 }
 static inline void store_upto(float* p, F16 a, int n) {
     if (n >= 16) return f_store(p, a);
@@ -39,8 +42,6 @@ static inline void store_upto(float* p, F16 a, int n) {
     memcpy(p, t, n * sizeof(float));
 }
 
-static inline F16 load_kv(const float* p) { return f_load(p); }
-static inline F16 load_kv(const uint16_t* p) { return f_from_bf16(p); }
 static inline void put_kv(float* p, float x) { *p = x; }
 static inline void put_kv(uint16_t* p, float x) {  // bf16, to nearest, ties to even; a NaN stays one
     uint32_t bits;
@@ -208,7 +209,7 @@ static void score_blocks(const T* const* keys, const float* queries, int head_di
         for (int r = 0; r < R; ++r) acc[b][r] = f_zero();
     }
     for (int d = 0; d < head_dim; d += step) {  // head_dim is even
-        for (int b = 0; b < B; ++b) __builtin_prefetch(ahead[b] + (size_t)d * kTokens, 0, 2);
+        for (int b = 0; b < B; ++b) __builtin_prefetch(ahead[b] + (size_t)d * kTokens, 0, 3);
         for (int s = 0; s < step; ++s) {
             F16 key[B];
             for (int b = 0; b < B; ++b) key[b] = load_kv(at[b] + (size_t)(d + s) * kTokens);
@@ -237,39 +238,24 @@ static inline void soften(float* scores, int num_positions, float* maximum, floa
     *sum = f_sum(total);
 }
 
-// acc += weights [R][kScoreStride] of positions begin..end, times 16 D components of their values.
+// records += weights [R][kScoreStride] of positions begin..end of the span, times components first..first + 16 D of their
+// values. One loop over positions, not one over blocks and one inside: so the compiler keeps all sums in registers.
 template <int R, int D, class T>
-[[gnu::always_inline]] static inline void weigh(F16 acc[R][D], const T* values, size_t stride, const T* ahead, const float* weights, int num) {
-    for (int j = 0; j < num; ++j) {
-        F16 v[D];
-        for (int c = 0; c < D; ++c) v[c] = load_kv(values + j * stride + c * 16);
-        for (size_t i = 0; i < D * 16; i += 64 / sizeof(T)) __builtin_prefetch(ahead + j * stride + i, 0, 2);
-        for (int r = 0; r < R; ++r) {
-            const F16 w = f_set1(weights[r * kScoreStride + j]);
-            for (int c = 0; c < D; ++c) acc[r][c] = f_fma(v[c], w, acc[r][c]);
-        }
-    }
-}
-
-// records += weights of positions begin..end of the span, times components first..first + 16 D of their values.
-template <int R, int D, class T>
-static void add_values(const T* const* values, int head_dim, int first, const float* weights, int begin, int end, float* records,
-                       size_t record_stride) {
+static void add_values(const T* const* values, size_t stride, int first, const float* weights, unsigned begin, unsigned end,
+                       float* records, size_t record_stride) {
     F16 acc[R][D];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < D; ++c) acc[r][c] = f_load(records + r * record_stride + first + c * 16);
-    for (int p = begin; p < end;) {
-        const int block = p / kTokens, num = std::min(end, (block + 1) * kTokens) - p;
-        const size_t at = (size_t)(p % kTokens) * head_dim + first;
-        if (first + D * 16 <= head_dim) {
-            weigh<R, D>(acc, values[block] + at, head_dim, values[block + kAhead] + at, weights + p, num);
-        } else {  // the last components, fewer than 16
-            T tail[kTokens * 16] = {};
-            for (int j = 0; j < num; ++j)
-                memcpy(tail + j * 16, values[block] + at + (size_t)j * head_dim, (head_dim - first) * sizeof(T));
-            weigh<R, D>(acc, tail, 16, tail, weights + p, num);
+    for (unsigned p = begin; p < end; ++p) {
+        const size_t at = p % kTokens * stride + first;
+        const T *now = values[p / kTokens] + at, *ahead = values[p / kTokens + kAhead] + at;
+        F16 v[D];
+        for (int c = 0; c < D; ++c) v[c] = load_kv(now + c * 16);
+        for (size_t i = 0; i < D * 16; i += 64 / sizeof(T)) __builtin_prefetch(ahead + i, 0, 3);
+        for (int r = 0; r < R; ++r) {
+            const F16 w = f_set1(weights[r * kScoreStride + p]);
+            for (int c = 0; c < D; ++c) acc[r][c] = f_fma(v[c], w, acc[r][c]);
         }
-        p += num;
     }
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < D; ++c) f_store(records + r * record_stride + first + c * 16, acc[r][c]);
@@ -277,29 +263,29 @@ static void add_values(const T* const* values, int head_dim, int first, const fl
 
 // All components, as many at a time as registers hold.
 template <int R, class T>
-static inline void add_all_values(const T* const* values, int head_dim, const float* weights, int begin, int end, float* records,
+static inline void add_all_values(const T* const* values, int stride, const float* weights, int begin, int end, float* records,
                                   size_t record_stride) {
     constexpr int most = kAccumulators / R;
-    for (int first = 0; first < head_dim;) {
-        const int left = head_dim - first;
+    for (int first = 0; first < stride;) {
+        const int left = stride - first;
         if (most >= 8 && left >= 128) {
-            add_values<R, (most >= 8 ? 8 : 1)>(values, head_dim, first, weights, begin, end, records, record_stride);
+            add_values<R, (most >= 8 ? 8 : 1)>(values, stride, first, weights, begin, end, records, record_stride);
             first += 128;
         } else if (most >= 4 && left >= 64) {
-            add_values<R, (most >= 4 ? 4 : 1)>(values, head_dim, first, weights, begin, end, records, record_stride);
+            add_values<R, (most >= 4 ? 4 : 1)>(values, stride, first, weights, begin, end, records, record_stride);
             first += 64;
         } else if (most >= 2 && left >= 32) {
-            add_values<R, (most >= 2 ? 2 : 1)>(values, head_dim, first, weights, begin, end, records, record_stride);
+            add_values<R, (most >= 2 ? 2 : 1)>(values, stride, first, weights, begin, end, records, record_stride);
             first += 32;
         } else {
-            add_values<R, 1>(values, head_dim, first, weights, begin, end, records, record_stride);
+            add_values<R, 1>(values, stride, first, weights, begin, end, records, record_stride);
             first += 16;
         }
     }
 }
 
 // One span of R rows: counts [R] are the positions that each sees of it, in ascending order, the last at least 1.
-// keys, values: its blocks, then 2 kAhead and kAhead that come next.
+// keys, values: its blocks, then 2 kAhead and kAhead that come next; values have rows of whole vectors.
 template <int R, class T>
 static void attend_tile(const AttentionCall& call, const float* queries, const T* const* keys, const T* const* values,
                         const int* counts, float* scores, float* records, size_t record_stride) {
@@ -314,10 +300,10 @@ static void attend_tile(const AttentionCall& call, const float* queries, const T
     }
     // positions that all rows see, then the few that only later rows see: no row meets a value beyond its limit
     const int shared = std::max(0, counts[0]);
-    add_all_values<R>(values, dim, scores, 0, shared, records, record_stride);
+    add_all_values<R>(values, padded, scores, 0, shared, records, record_stride);
     for (int r = 0; r < R; ++r)
         if (counts[r] > shared)
-            add_all_values<1>(values, dim, scores + r * kScoreStride, shared, counts[r], records + r * record_stride, 0);
+            add_all_values<1>(values, padded, scores + r * kScoreStride, shared, counts[r], records + r * record_stride, 0);
 }
 
 // into = into and then part, which sees later positions.
@@ -371,60 +357,83 @@ static inline void with_tile(int num_rows, F&& body) {
     }
 }
 
+// One span of an item, tile by tile; the rows' queries are interleaved within their tile.
+template <class T>
+static void attend_span(const AttentionCall& call, const AttentionItem& item, int span, const float* queries,
+                        const T* const* keys, const T* const* values, float* scores, float* parts, float* states) {
+    const AttentionRows rows = rows_of(call, item.seq);
+    const size_t record = record_size(call.head_dim);
+    for (int tile = 0; tile < item.num_rows; tile += kTileRows) {
+        const int num_rows = std::min(kTileRows, item.num_rows - tile);
+        int counts[kTileRows];
+        for (int r = 0; r < num_rows; ++r) counts[r] = std::min(kSpan, rows.limit(item.first + tile + r) - span * kSpan);
+        if (counts[num_rows - 1] <= 0) continue;
+        float* out = span == 0 ? states + tile * record : parts;
+        size_t stride = record;
+        if (item.partial) {
+            stride = rows.num_spans(item.first + item.num_rows) * record;
+            out = item.partial + tile * stride + span * record;
+        }
+        with_tile(num_rows, [&](auto num_rows_in_tile) {
+            constexpr int R = decltype(num_rows_in_tile)::value;
+            attend_tile<R>(call, queries + (size_t)tile * call.head_dim, keys, values, counts, scores, out, stride);
+        });
+        if (out != parts) continue;
+        for (int r = 0; r < num_rows; ++r)
+            if (counts[r] > 0) merge(states + (tile + r) * record, parts + r * record, padded_dim(call.head_dim));
+    }
+}
+
 template <class T>
 static void attend(const AttentionCall& call, const AttentionItem& item) {
     const int dim = call.head_dim, padded = padded_dim(dim), end = item.first + item.num_rows;
-    const AttentionRows rows = rows_of(call, item.seq);
-    const size_t record = record_size(dim), block_size = (size_t)dim * kTokens;
-    float* scores = task_space.take((size_t)kTileRows * kScoreStride + (kTileRows + item.num_rows) * record +
-                                    (size_t)item.num_rows * dim);
+    const size_t record = record_size(dim), block_size = (size_t)dim * kTokens, copy_size = (size_t)padded * kTokens;
+    // several tiles share one conversion from bf16; rows of values that are not whole vectors are padded
+    const bool copy = padded != dim || (sizeof(T) == 2 && item.num_rows > kTileRows);
+    float* scores = task_space.take(kTileRows * (kScoreStride + record) + kTaskRows * (record + padded) +
+                                    2 * kSpanBlocks * copy_size);
     float *parts = scores + kTileRows * kScoreStride, *states = parts + kTileRows * record;
-    float* queries = states + item.num_rows * record;
-    for (int tile = 0; tile < item.num_rows; tile += kTileRows) {
-        const int num = std::min(kTileRows, item.num_rows - tile);
-        for (int r = 0; r < num; ++r) {
-            const float* query = call.query + head_of(call, item, item.first + tile + r);
-            for (int d = 0; d < dim; ++d) queries[(size_t)tile * dim + d * num + r] = query[d];
-        }
-    }
+    float *queries = states + kTaskRows * record, *copies = queries + kTaskRows * padded;
+    for (int tile = 0; tile < item.num_rows; tile += kTileRows)
+        with_tile(std::min(kTileRows, item.num_rows - tile), [&](auto num_rows_in_tile) {
+            constexpr int R = decltype(num_rows_in_tile)::value;
+            const float* from[R];
+            for (int r = 0; r < R; ++r) from[r] = call.query + head_of(call, item, item.first + tile + r);
+            float* to = queries + (size_t)tile * dim;
+            for (int d = 0; d < dim; ++d)
+                for (int r = 0; r < R; ++r) to[d * R + r] = from[r][d];
+        });
     const int32_t* blocks = call.blocks + call.block_begin[item.seq];
-    const int num_blocks = (rows.limit(end - 1) + kTokens - 1) / kTokens;
-    auto at = [&](const void* cache, int block) {
-        return (const T*)cache + ((size_t)blocks[block] * call.num_kv_heads + item.kv_head) * block_size;
+    const int num_blocks = (rows_of(call, item.seq).limit(end - 1) + kTokens - 1) / kTokens;
+    auto at = [&](const void* cache, int32_t block) {
+        return (const T*)cache + ((size_t)block * call.num_kv_heads + item.kv_head) * block_size;
     };
     for (int span = item.first_span; span < item.end_span; ++span) {
-        const int first_block = span * kSpanBlocks, num = std::min(kSpanBlocks, num_blocks - first_block);
-        const T* keys[kSpanBlocks + 2 * kAhead];
-        const T* values[kSpanBlocks + kAhead];
+        const int first = span * kSpanBlocks, num = std::min(kSpanBlocks, num_blocks - first);
+        const T *keys[kSpanBlocks + 2 * kAhead], *values[kSpanBlocks + kAhead];
         for (int b = 0; b < num; ++b) {
-            keys[b] = at(call.keys, first_block + b);
-            values[b] = at(call.values, first_block + b);
+            keys[b] = at(call.keys, blocks[first + b]);
+            values[b] = at(call.values, blocks[first + b]);
         }
         for (int b = 0; b < 2 * kAhead; ++b) keys[num + b] = values[std::min(b, num - 1)];
         for (int b = 0; b < kAhead; ++b)
-            values[num + b] = first_block + num + b < num_blocks ? at(call.keys, first_block + num + b) : values[num - 1];
-        for (int tile = 0; tile < item.num_rows; tile += kTileRows) {
-            const int num_rows = std::min(kTileRows, item.num_rows - tile);
-            int counts[kTileRows];
-            for (int r = 0; r < num_rows; ++r)
-                counts[r] = std::min(kSpan, rows.limit(item.first + tile + r) - span * kSpan);
-            if (counts[num_rows - 1] <= 0) continue;
-            float* out = states + tile * record;
-            size_t stride = record;
-            if (item.partial) {
-                stride = rows.num_spans(end) * record;
-                out = item.partial + tile * stride + span * record;
-            } else if (span > 0) {
-                out = parts;
-            }
-            with_tile(num_rows, [&](auto num_rows_in_tile) {
-                constexpr int R = decltype(num_rows_in_tile)::value;
-                attend_tile<R>(call, queries + (size_t)tile * dim, keys, values, counts, scores, out, stride);
-            });
-            if (out != parts) continue;
-            for (int r = 0; r < num_rows; ++r)
-                if (counts[r] > 0) merge(states + (tile + r) * record, parts + r * record, padded);
+            values[num + b] = first + num + b < num_blocks ? at(call.keys, blocks[first + num + b]) : values[num - 1];
+        if (!copy) {
+            attend_span(call, item, span, queries, keys, values, scores, parts, states);
+            continue;
         }
+        const float *key_copies[kSpanBlocks + 2 * kAhead], *value_copies[kSpanBlocks + kAhead];
+        for (int b = 0; b < num; ++b) {
+            float *key = copies + 2 * b * copy_size, *value = key + copy_size;
+            for (int d = 0; d < dim; ++d) f_store(key + d * kTokens, load_kv(keys[b] + d * kTokens));
+            for (int t = 0; t < kTokens; ++t)
+                for (int d = 0; d < dim; d += 16) f_store(value + t * padded + d, load_upto(values[b] + t * dim + d, dim - d));
+            key_copies[b] = key;
+            value_copies[b] = value;
+        }
+        for (int b = 0; b < 2 * kAhead; ++b) key_copies[num + b] = value_copies[num - 1];
+        for (int b = 0; b < kAhead; ++b) value_copies[num + b] = value_copies[num - 1];
+        attend_span(call, item, span, queries, key_copies, value_copies, scores, parts, states);
     }
     if (item.partial) return;
     for (int r = 0; r < item.num_rows; ++r)

@@ -9,6 +9,7 @@ namespace foregate {
 namespace {
 constexpr int kTaskBits = 24;
 constexpr uint64_t kTaskMask = (1u << kTaskBits) - 1;
+constexpr int kSpinsBeforeYield = 2000;
 constexpr int kSpins = 20000;  // some tens of microseconds: the time between two kernels of one step
 
 inline void pause() {
@@ -50,7 +51,11 @@ void ThreadPool::run(int num_tasks, Task task, void* context) {
         wake_.notify_all();
     }
     drain();
-    while (num_done_.load(std::memory_order_acquire) < num_tasks) pause();
+    // a worker that the system has taken its core from may need ours to finish
+    for (int spins = 0; num_done_.load(std::memory_order_acquire) < num_tasks; ++spins) {
+        if (spins < kSpinsBeforeYield) pause();
+        else std::this_thread::yield();
+    }
 }
 
 void ThreadPool::drain() {
