@@ -21,6 +21,7 @@ from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
 from engine.messages import AbortRequest, AddRequest, EngineState, EngineStats, ModelInfo, RequestOutput
 from engine.sampling_params import SamplingParams
 from engine.threads import wait_passively
+from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -85,12 +86,12 @@ class AsyncEngine:
 
     async def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """Messages through the model's chat template; raises `InvalidRequest` if it has none or refuses them."""
-        tokenizer = self._loaded().tokenizer
+        tokenizer = self._tokenizer()
         return await asyncio.to_thread(tokenizer.render_chat, messages, add_generation_prompt=add_generation_prompt)
 
     async def encode(self, text: str) -> list[int]:
         """Text to token ids, with the special tokens that the model wants around a prompt."""
-        tokenizer = self._loaded().tokenizer
+        tokenizer = self._tokenizer()
         if len(text) < _LONG_TEXT:
             return tokenizer.encode(text)
         return await asyncio.to_thread(tokenizer.encode, text)
@@ -100,7 +101,7 @@ class AsyncEngine:
         engine = self._loaded()
         if any(not 0 <= token_id < engine.info.vocab_size for token_id in token_ids):
             raise InvalidRequest(f"token ids must be between 0 and {engine.info.vocab_size - 1}", param="tokens")
-        return await asyncio.to_thread(engine.tokenizer.decode, token_ids, skip_special_tokens=False)
+        return await asyncio.to_thread(self._tokenizer().decode, token_ids, skip_special_tokens=False)
 
     async def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
@@ -144,6 +145,11 @@ class AsyncEngine:
         if self._engine is None:
             raise EngineDead(f"the engine is {self._state}" + (f": {self._error}" if self._error else ""))
         return self._engine
+
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = self._loaded().tokenizer
+        assert isinstance(tokenizer, Tokenizer)
+        return tokenizer
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

@@ -26,8 +26,8 @@ from engine.request import Request
 from engine.sampler import SampledToken, Sampler
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SCHEDULERS, SchedulerOutput
-from engine.tokenizer import Tokenizer
-from kernels.backend import choose_backend
+from engine.tokenizer import TokenDecoder, Tokenizer
+from kernels.backend import Backend, choose_backend
 
 _log = logging.getLogger(__name__)
 
@@ -40,20 +40,29 @@ class Engine:
     Raises `ConfigError`, `CheckpointError` or `cache.packed_file.PackedFileError`, each naming the cure.
     """
 
-    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
-        checkpoint = Checkpoint(config.model)
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        *,
+        checkpoint: Checkpoint | None = None,
+        tokenizer: TokenDecoder | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        """`checkpoint`, `tokenizer` and `backend` stand in for what the configuration names."""
+        checkpoint = checkpoint or Checkpoint(config.model)
         config = config.resolved(checkpoint.spec.moe is not None)
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
         try:
-            backend = choose_backend(config.kernels, num_threads)
+            backend = backend or choose_backend(config.kernels, num_threads)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(str(error)) from error
         self.config = config
         spec = checkpoint.spec
         dtype = kv_dtype(config.dtype)
         num_blocks, max_model_len = _plan_kv(config, checkpoint, dtype)
-        self.tokenizer = Tokenizer(config.model)
+        self.tokenizer = tokenizer or Tokenizer(config.model)
         available = int((free_memory_nbytes() - config.kv_memory_nbytes) * (1 - _RESERVED_MEMORY_SHARE))
         self._experts: ExpertArena | None = None
         if spec.moe is not None:

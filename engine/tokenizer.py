@@ -5,9 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engine.errors import CheckpointError, InvalidRequest
+
+
+class TokenDecoder(Protocol):
+    """The part of a tokenizer that a step needs."""
+
+    eos_token_id: int | None
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
 
 
 class Tokenizer:

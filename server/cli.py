@@ -6,16 +6,35 @@ import asyncio
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from engine.config import CacheConfig, EngineConfig, SchedulerConfig, parse_nbytes
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import ConfigError, EngineDead, EngineOverloaded
+from engine.threads import wait_passively
+from server import cli_bench
+from server.cli_options import (
+    KV_MEMORY,
+    CachePolicy,
+    Dtype,
+    ExpertMemory,
+    Experts,
+    Kernels,
+    KvMemory,
+    LogLevel,
+    MaxModelLen,
+    Model,
+    PackedDir,
+    Seed,
+    Threads,
+    directory_of,
+    name_of,
+    start_logging,
+)
 from server.settings import AppSettings, Environment
 
 _log = logging.getLogger("foregate.cli")
-_LOG_LEVELS = ("debug", "info", "warning", "error")
 
 app = typer.Typer(
     help="Serve Mixture-of-Experts language models that do not fit in fast memory.",
@@ -24,43 +43,18 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
+app.add_typer(cli_bench.app, name="bench")
 
 
 def main() -> None:
     """The console script. What the user can cure is one line on stderr and exit code 1; usage errors are 2."""
+    wait_passively()  # for whatever imports torch
     try:
         app()
     except (ValueError, OSError, EngineDead, EngineOverloaded) as exc:
         _log.debug("the error's origin:", exc_info=exc)
         typer.echo(f"error: {exc}", err=True)
         sys.exit(1)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_nbytes(text)
-    except ConfigError as exc:
-        raise typer.BadParameter(str(exc)) from None
-
-
-def _size_option(text: str) -> Any:
-    return typer.Option(parser=_size, metavar="SIZE", help=text)
-
-
-Model = Annotated[str, typer.Argument(help="A checkpoint directory, `demo`, or a hub name such as org/name.")]
-Dtype = Annotated[str, typer.Option(help="Dense weights and activations: auto, float32, bfloat16 or int8.")]
-Experts = Annotated[str, typer.Option(help="Format of the experts: auto, float32, bf16, int8 or int4.")]
-ExpertMemory = Annotated[int | None, _size_option("Memory for experts, such as 512MiB [default: what fits]")]
-KvMemory = Annotated[int, _size_option("Memory for keys and values, such as 2GiB.")]
-PackedDir = Annotated[Path | None, typer.Option(help="Where packed experts are kept [default: beside the checkpoint]")]
-MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and output together.")]
-CachePolicy = Annotated[str, typer.Option(help="Which experts stay in memory.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads for arithmetic [default: one a core].")]
-Kernels = Annotated[str, typer.Option(help="auto, native or reference (slow, for comparison).")]
-Seed = Annotated[int | None, typer.Option(help="For requests that bring none [default: random].")]
-LogLevel = Annotated[str, typer.Option(help=f"One of {', '.join(_LOG_LEVELS)}.")]
-
-_KV_MEMORY: Any = "512MiB"  # typer passes defaults through the parser
 
 
 @app.callback(invoke_without_command=True)
@@ -82,7 +76,7 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests in one step.")] = 32,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one step.")] = 512,
-    kv_memory: KvMemory = _KV_MEMORY,
+    kv_memory: KvMemory = KV_MEMORY,
     expert_memory: ExpertMemory = None,
     cache_policy: CachePolicy = "lru",
     packed_dir: PackedDir = None,
@@ -103,7 +97,7 @@ def serve(
     log_level: LogLevel = "info",
 ) -> None:
     """Serve MODEL over the OpenAI API."""
-    _start_logging(log_level)
+    start_logging(log_level)
     from engine.async_engine import AsyncEngine
     from server.app import create_app
     from server.auth import hash_key
@@ -113,9 +107,9 @@ def serve(
 
     environment = Environment()
     with listen(host, port) as listener:  # first of all: a port in use is told before anything is loaded
-        names = tuple(served_model_name or [_name_of(model)])
+        names = tuple(served_model_name or [name_of(model)])
         config = EngineConfig(
-            model=_directory_of(model, environment),
+            model=directory_of(model, environment),
             served_name=names[0],
             dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
             max_model_len=max_model_len,
@@ -158,7 +152,7 @@ def chat(
     dtype: Dtype = "auto",
     experts: Experts = "auto",
     max_model_len: MaxModelLen = None,
-    kv_memory: KvMemory = _KV_MEMORY,
+    kv_memory: KvMemory = KV_MEMORY,
     expert_memory: ExpertMemory = None,
     packed_dir: PackedDir = None,
     seed: Seed = None,
@@ -167,7 +161,7 @@ def chat(
     log_level: LogLevel = "warning",
 ) -> None:
     """Talk to MODEL in the terminal, or to a running server with --url."""
-    _start_logging(log_level)
+    start_logging(log_level)
     from server.chat_terminal import chat_in_process, chat_with_server
 
     environment = Environment()
@@ -176,8 +170,8 @@ def chat(
         asyncio.run(chat_with_server(url, environment.api_keys, fields, once))
         return
     config = EngineConfig(
-        model=_directory_of(model, environment),
-        served_name=_name_of(model),
+        model=directory_of(model, environment),
+        served_name=name_of(model),
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         max_model_len=max_model_len,
         kv_memory_nbytes=kv_memory,
@@ -193,7 +187,7 @@ def chat(
 @app.command()
 def pull(model: Model = "demo", log_level: LogLevel = "warning") -> None:
     """Download MODEL (`demo` or a hub name) and say where it is."""
-    _start_logging(log_level)
+    start_logging(log_level)
     from engine.hub import pull as pull_model
     from server.progress import ProgressDisplay
 
@@ -207,11 +201,11 @@ def convert(
     model: Model = "demo", experts: Experts = "int8", packed_dir: PackedDir = None, log_level: LogLevel = "warning"
 ) -> None:
     """Pack the experts of MODEL for serving, which otherwise happens when it is first served."""
-    _start_logging(log_level)
+    start_logging(log_level)
     from engine.convert import convert as convert_model
     from server.progress import ProgressDisplay
 
-    directory = _directory_of(model, Environment())
+    directory = directory_of(model, Environment())
     with ProgressDisplay() as display:
         packed = convert_model(directory, experts, packed_dir, display)
     typer.echo(packed)
@@ -235,7 +229,7 @@ def refactor(
     log_level: LogLevel = "warning",
 ) -> None:
     """Split a dense model's layers into experts and write the MoE, which serves like any other."""
-    _start_logging(log_level)
+    start_logging(log_level)
     from engine.refactor.command import refactor as refactor_model
     from server.progress import ProgressDisplay
 
@@ -261,32 +255,8 @@ def refactor(
     typer.echo(f"{report.out}: {report.active_share:.0%} of each layer active, made in {report.seconds:.0f} s")
 
 
-def _directory_of(model: str, environment: Environment) -> Path:
-    """The checkpoint directory; `demo` is pulled first where it is not here yet."""
-    from engine import hub
-    from server.progress import ProgressDisplay
-
-    if model == hub.DEMO and not Path(model).is_dir():
-        with ProgressDisplay() as display:
-            return hub.pull(model, environment.home, display)
-    return hub.resolve_model(model, environment.home)
-
-
-def _name_of(model: str) -> str:
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
 def _read_keys(path: Path) -> list[str]:
     keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not keys:
         raise ConfigError(f"{path} has no keys in it; write one a line")
     return keys
-
-
-def _start_logging(level: str) -> None:
-    if level not in _LOG_LEVELS:
-        raise typer.BadParameter(f"{level!r} is not one of {', '.join(_LOG_LEVELS)}", param_hint="--log-level")
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    if level == "info":
-        for chatty in ("uvicorn.error", "httpx", "httpcore", "asyncio"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)

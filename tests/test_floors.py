@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("kernels", "cache", "engine", "server")  # from the ground up
 SERVER_MAY_SEE = {
     "engine.async_engine",
+    "engine.bench",
     "engine.config",
     "engine.convert",
     "engine.errors",
@@ -20,6 +21,7 @@ SERVER_MAY_SEE = {
     "engine.messages",
     "engine.refactor.command",
     "engine.sampling_params",
+    "engine.threads",
     "cache.packed_file",
     "cache.stats",
 }

@@ -11,17 +11,17 @@
 constexpr int kTokens = 16;      // in one block of the cache
 constexpr int kSpanBlocks = 16;  // blocks in one span
 constexpr int kSpan = kSpanBlocks * kTokens;
-constexpr int kAhead = 4;        // blocks between what is read and what is prefetched
+constexpr int kAhead = 4;  // blocks between what is read and what is prefetched; score_blocks takes no more at a time
 #if defined(FG_AVX512)
-constexpr int kTileRows = 8;      // query rows that share one read of keys and values
+constexpr int kTileRows = 8;       // query rows that share one read of keys and values
 constexpr int kAccumulators = 16;  // vectors kept in registers
 #else
 constexpr int kTileRows = 4;
 constexpr int kAccumulators = 4;
 #endif
-constexpr int kTaskRows = 64;                             // at most: their span stays in the L2 cache
-constexpr int kScoreStride = kSpan + kAhead * kTokens;    // a row of scores; the last group of blocks may be partly beyond
-constexpr int kInline = 16384;                            // elements below which a second thread does not pay
+constexpr int kTaskRows = 64;             // at most: one span's keys and values stay in the L2 cache for all of them
+constexpr int kScoreStride = kSpan + 64;  // a row of scores; not a power of two, so that rows do not share cache sets
+constexpr int kInline = 16384;            // elements below which a second thread does not pay
 
 // ---- parts of vectors, conversions, memory ----------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ static void prepare_qkv(ThreadPool& pool, const QkvCall& call) {
 static inline int padded_dim(int head_dim) { return (head_dim + 15) / 16 * 16; }
 static inline size_t record_size(int head_dim) { return (size_t)padded_dim(head_dim) + 16; }
 
-// scores [R][kScoreStride] of B blocks with R queries, interleaved [head_dim][R]; keys [2 B]: these, then those to prefetch.
+// scores [R][kScoreStride] of the blocks keys[0..B] with R queries, interleaved [head_dim][R]; keys[kAhead..] are prefetched.
 template <int R, int B, class T>
 static void score_blocks(const T* const* keys, const float* queries, int head_dim, float scale, float* scores) {
     constexpr int step = 4 / sizeof(T);  // components in one cache line
@@ -223,7 +223,7 @@ static void score_blocks(const T* const* keys, const float* queries, int head_di
         for (int b = 0; b < B; ++b) f_store(scores + r * kScoreStride + b * kTokens, f_mul(acc[b][r], f_set1(scale)));
 }
 
-// Scores of one row, num_positions of them, become weights; those beyond are never looked at.
+// Scores of one row, num_positions of them, become weights; what lies beyond them has no influence.
 static inline void soften(float* scores, int num_positions, float* maximum, float* sum) {
     const int num_vectors = (num_positions + 15) / 16;
     for (int i = num_positions; i < num_vectors * 16; ++i) scores[i] = -INFINITY;
@@ -285,7 +285,7 @@ static inline void add_all_values(const T* const* values, int stride, const floa
 }
 
 // One span of R rows: counts [R] are the positions that each sees of it, in ascending order, the last at least 1.
-// keys, values: its blocks, then 2 kAhead and kAhead that come next; values have rows of whole vectors.
+// keys, values: its blocks, then the 2 kAhead and kAhead that are read next; rows of values are whole vectors.
 template <int R, class T>
 static void attend_tile(const AttentionCall& call, const float* queries, const T* const* keys, const T* const* values,
                         const int* counts, float* scores, float* records, size_t record_stride) {

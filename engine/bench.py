@@ -1,0 +1,149 @@
+"""Speed of the engine without HTTP: `foregate bench offline`. Greedy, random prompts, every sequence of one length."""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.sampling_params import SamplingParams
+from engine.synthetic import NumberTokenizer, SyntheticCheckpoint
+from kernels.backend import Backend, Linear, choose_backend
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+
+
+class OfflineResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the bench. Rates are of all sequences together; medians over steps."""
+
+    num_seqs: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    decode_step_ms: float
+    outside_kernels: float  # share of a decode step
+    stall: float  # share of a decode step in which compute waited for experts
+
+
+class _TimedBackend:
+    """Passes calls on and counts the seconds spent in them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.name = backend.name
+        self.seconds = 0.0
+        for name in ("rms_norm", "attend", "route", "expert_mlp", "combine", "swiglu"):
+            setattr(self, name, self._timed(getattr(backend, name)))
+
+    def make_linear(self, weight: Tensor, bias: Tensor | None, format: str) -> Linear:
+        linear: Linear = self._timed(self._backend.make_linear(weight, bias, format))
+        return linear
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        return call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What each sequence is given and asked for."""
+
+    prompt_tokens: int = 128
+    output_tokens: int = 64
+
+
+def bench_offline(
+    config: EngineConfig,
+    workload: Workload,
+    *,
+    random_shape: str | None = None,
+    num_layers: int | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[OfflineResult]:
+    """Measure each batch size in turn. `random_shape` takes the place of config.model by random weights."""
+    scheduler = replace(config.scheduler, max_num_seqs=max(batch_sizes))
+    with _engine(replace(config, scheduler=scheduler), random_shape, num_layers, progress) as (engine, backend):
+        _run(engine, backend, 1, replace(workload, output_tokens=4), seed=0)  # warm up
+        for num_seqs in batch_sizes:
+            yield _run(engine, backend, num_seqs, workload, seed=num_seqs)
+
+
+@contextmanager
+def _engine(
+    config: EngineConfig,
+    random_shape: str | None,
+    num_layers: int | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> Iterator[tuple[Engine, _TimedBackend]]:
+    threads = config.num_threads or len(os.sched_getaffinity(0))
+    backend = _TimedBackend(choose_backend(config.kernels, threads))
+    with tempfile.TemporaryDirectory(prefix="foregate-bench-") as scratch:
+        if random_shape is None:
+            engine = Engine(config, progress, backend=backend)  # type: ignore[arg-type]  # methods are set, not defined
+        else:
+            checkpoint = SyntheticCheckpoint(random_shape, num_layers, Path(scratch))
+            config = replace(config, model=Path(scratch), cache=replace(config.cache, packed_dir=None))
+            engine = Engine(
+                config,
+                progress,
+                checkpoint=checkpoint,
+                tokenizer=NumberTokenizer(),
+                backend=backend,  # type: ignore[arg-type]
+            )
+        try:
+            yield engine, backend
+        finally:
+            engine.close()
+
+
+def _run(engine: Engine, backend: _TimedBackend, num_seqs: int, workload: Workload, seed: int) -> OfflineResult:
+    rng = random.Random(seed)
+    params = SamplingParams(temperature=0.0, max_tokens=workload.output_tokens, ignore_eos=True)
+    for i in range(num_seqs):
+        prompt = [rng.randrange(engine.info.vocab_size) for _ in range(workload.prompt_tokens)]
+        engine.add_request(f"bench-{seed}-{i}", prompt, params)
+    started = time.perf_counter()
+    while any(request.num_output_tokens == 0 for request in engine.scheduler.requests):
+        engine.step()
+    prefill_s = time.perf_counter() - started
+    steps, outside, stalls = [], [], []
+    while engine.has_work:
+        before, kernels_before = _stall_s(engine), backend.seconds
+        started = time.perf_counter()
+        engine.step()
+        steps.append(time.perf_counter() - started)
+        stall = _stall_s(engine) - before
+        stalls.append(stall / steps[-1])
+        outside.append(1.0 - (backend.seconds - kernels_before + stall) / steps[-1])
+    step_s = statistics.median(steps) if steps else float("nan")
+    return OfflineResult(
+        num_seqs=num_seqs,
+        prefill_tokens_per_s=num_seqs * workload.prompt_tokens / prefill_s,
+        decode_tokens_per_s=num_seqs / step_s,
+        decode_step_ms=step_s * 1e3,
+        outside_kernels=statistics.median(outside) if outside else float("nan"),
+        stall=statistics.median(stalls) if stalls else float("nan"),
+    )
+
+
+def _stall_s(engine: Engine) -> float:
+    stats = engine.stats().expert_cache
+    return stats.prefill.stall_s + stats.decode.stall_s

@@ -1,0 +1,66 @@
+"""What the commands share: their options' types and defaults, where a model is, and logging."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.config import parse_nbytes
+from engine.errors import ConfigError
+from server.settings import Environment
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_nbytes(text)
+    except ConfigError as exc:
+        raise typer.BadParameter(str(exc)) from None
+
+
+def _size_option(text: str) -> Any:
+    return typer.Option(parser=_size, metavar="SIZE", help=text)
+
+
+Model = Annotated[str, typer.Argument(help="A checkpoint directory, `demo`, or a hub name such as org/name.")]
+Dtype = Annotated[str, typer.Option(help="Dense weights and activations: auto, float32, bfloat16 or int8.")]
+Experts = Annotated[str, typer.Option(help="Format of the experts: auto, float32, bf16, int8 or int4.")]
+ExpertMemory = Annotated[int | None, _size_option("Memory for experts, such as 512MiB [default: what fits]")]
+KvMemory = Annotated[int, _size_option("Memory for keys and values, such as 2GiB.")]
+PackedDir = Annotated[Path | None, typer.Option(help="Where packed experts are kept [default: beside the checkpoint]")]
+MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and output together.")]
+CachePolicy = Annotated[str, typer.Option(help="Which experts stay in memory.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads for arithmetic [default: one a core].")]
+Kernels = Annotated[str, typer.Option(help="auto, native or reference (slow, for comparison).")]
+Seed = Annotated[int | None, typer.Option(help="For requests that bring none [default: random].")]
+LogLevel = Annotated[str, typer.Option(help=f"One of {', '.join(LOG_LEVELS)}.")]
+
+KV_MEMORY: Any = "512MiB"  # typer passes defaults through the parser
+
+
+def directory_of(model: str, environment: Environment) -> Path:
+    """The checkpoint directory; `demo` is pulled first where it is not here yet."""
+    from engine import hub
+    from server.progress import ProgressDisplay
+
+    if model == hub.DEMO and not Path(model).is_dir():
+        with ProgressDisplay() as display:
+            return hub.pull(model, environment.home, display)
+    return hub.resolve_model(model, environment.home)
+
+
+def name_of(model: str) -> str:
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def start_logging(level: str) -> None:
+    if level not in LOG_LEVELS:
+        raise typer.BadParameter(f"{level!r} is not one of {', '.join(LOG_LEVELS)}", param_hint="--log-level")
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    if level == "info":
+        for chatty in ("uvicorn.error", "httpx", "httpcore", "asyncio"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)

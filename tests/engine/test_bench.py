@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine import synthetic
+from engine.bench import Workload, bench_offline
+from engine.config import CacheConfig, EngineConfig
+from engine.errors import ConfigError
+from engine.synthetic import SyntheticCheckpoint
+
+TINY = synthetic.SHAPES["olmoe"] | {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def test_a_synthetic_checkpoint_is_the_same_each_time_and_its_tensors_differ(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", TINY)
+    first, second = (SyntheticCheckpoint("tiny", 3, tmp_path) for _ in range(2))
+    assert first.spec.num_layers == 3
+    assert first.fingerprint == second.fingerprint != SyntheticCheckpoint("tiny", 4, tmp_path).fingerprint
+    a, b = (first.tensor(f"model.layers.0.mlp.experts.{i}.up_proj.weight", (32, 64)) for i in (0, 1))
+    assert a.equal(second.tensor("model.layers.0.mlp.experts.0.up_proj.weight", (32, 64)))
+    assert not a.equal(b)
+    assert 0.5 < a.std() * 8 < 2.0
+
+
+def test_an_unknown_shape_is_answered_with_the_known_ones(tmp_path: Path):
+    with pytest.raises(ConfigError, match="unknown shape 'gpt5'; known: olmoe, qwen3-30b-a3b, mixtral"):
+        SyntheticCheckpoint("gpt5", None, tmp_path)
+
+
+def test_the_bench_reports_each_batch_size_with_shares_that_can_be(monkeypatch):
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", TINY)
+    config = EngineConfig(model=Path(), kv_memory_nbytes=2**22, cache=CacheConfig(format="int8"))
+    workload = Workload(prompt_tokens=20, output_tokens=6)
+    results = list(bench_offline(config, workload, random_shape="tiny", num_layers=2, batch_sizes=[1, 3]))
+    assert [r.num_seqs for r in results] == [1, 3]
+    for r in results:
+        assert r.decode_tokens_per_s == pytest.approx(r.num_seqs / r.decode_step_ms * 1e3)
+        assert r.prefill_tokens_per_s > 0
+        assert 0 < r.outside_kernels < 1
+        assert 0 <= r.stall < 1
