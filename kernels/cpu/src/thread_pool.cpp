@@ -10,7 +10,7 @@ namespace {
 constexpr int kTaskBits = 24;
 constexpr uint64_t kTaskMask = (1u << kTaskBits) - 1;
 constexpr int kSpinsBeforeYield = 2000;
-constexpr int kSpins = 20000;  // some tens of microseconds: the time between two kernels of one step
+constexpr int kSpins = 6000;  // some hundreds of microseconds: the time between two kernels of one step
 
 inline void pause() {
 #if defined(__x86_64__)
