@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCE = Path("kernels/cpu/src")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=default", "-Wall", "-Wextra", "-pthread"]
+# portable first: of inline code that several objects have, the linker keeps the first, which must run anywhere
 ISA_FLAGS = {"kernels_portable.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["kernels_avx2.cpp"] = ["-DFG_AVX2", "-mavx2", "-mfma", "-mf16c"]

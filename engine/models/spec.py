@@ -69,6 +69,8 @@ class ModelSpec:
             raise CheckpointError(
                 f"config.json: {self.num_heads} attention heads are not a multiple of {self.num_kv_heads} KV heads"
             )
+        if self.head_dim % 2:
+            raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, got {self.head_dim}")
         if self.moe is not None and not 1 <= self.moe.num_active <= self.moe.num_experts:
             raise CheckpointError(
                 f"config.json: {self.moe.num_active} active of {self.moe.num_experts} experts is not possible"

@@ -113,9 +113,10 @@ static inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
 
 // out[b][r] = product of row r of the tile with the 16 outputs of block b, for B blocks that lie `block` bytes apart.
 template <int R, int B>
-static inline void product_int4(const uint8_t* w, size_t block, int num_pieces, const Tile& x, F16 out[B][R]) {
+__attribute__((always_inline)) static inline void product_int4(const uint8_t* w, size_t block, int num_pieces, const Tile& x, F16 out[B][R]) {
+    F16 sum[B][R];  // not `out`: what is behind a pointer is stored at every step
     for (int b = 0; b < B; ++b)
-        for (int r = 0; r < R; ++r) out[b][r] = f_zero();
+        for (int r = 0; r < R; ++r) sum[b][r] = f_zero();
     const int32_t* words = x.words;
     const float* scales = x.scales;
     const int32_t* correction = x.correction;
@@ -133,19 +134,22 @@ static inline void product_int4(const uint8_t* w, size_t block, int num_pieces, 
                     for (int r = 0; r < R; ++r) acc[r] = dot4(acc[r], high, words[(2 * c + 1) * R + r]);
                 }
                 const F16 step = f_from_half(w + b * block + 512 + g * 32);
-                for (int r = 0; r < R; ++r) out[b][r] = f_fma(f_from_i(acc[r]), f_mul(step, f_set1(scales[r])), out[b][r]);
+                for (int r = 0; r < R; ++r) sum[b][r] = f_fma(f_from_i(acc[r]), f_mul(step, f_set1(scales[r])), sum[b][r]);
             }
             words += 8 * R;
             scales += R;
             correction += R;
         }
     }
+    for (int b = 0; b < B; ++b)
+        for (int r = 0; r < R; ++r) out[b][r] = sum[b][r];
 }
 
 template <int R, int B>
-static inline void product_int8(const uint8_t* w, size_t block, int num_pieces, const Tile& x, F16 out[B][R]) {
+__attribute__((always_inline)) static inline void product_int8(const uint8_t* w, size_t block, int num_pieces, const Tile& x, F16 out[B][R]) {
+    F16 sum[B][R];  // not `out`: what is behind a pointer is stored at every step
     for (int b = 0; b < B; ++b)
-        for (int r = 0; r < R; ++r) out[b][r] = f_zero();
+        for (int r = 0; r < R; ++r) sum[b][r] = f_zero();
     const int32_t* words = x.words;
     const float* scales = x.scales;
     const int32_t* correction = x.correction;
@@ -161,13 +165,15 @@ static inline void product_int8(const uint8_t* w, size_t block, int num_pieces, 
                     for (int r = 0; r < R; ++r) acc[r] = dot4(acc[r], weights, words[c * R + r]);
                 }
                 const F16 step = f_from_half(w + b * block + 1024 + g * 32);
-                for (int r = 0; r < R; ++r) out[b][r] = f_fma(f_from_i(acc[r]), f_mul(step, f_set1(scales[r])), out[b][r]);
+                for (int r = 0; r < R; ++r) sum[b][r] = f_fma(f_from_i(acc[r]), f_mul(step, f_set1(scales[r])), sum[b][r]);
             }
             words += 8 * R;
             scales += R;
             correction += R;
         }
     }
+    for (int b = 0; b < B; ++b)
+        for (int r = 0; r < R; ++r) out[b][r] = sum[b][r];
 }
 
 #if defined(FG_AVX512)
@@ -188,10 +194,10 @@ static inline F16 bf16_dot(F16 acc, const uint8_t* w, int32_t pair) {
 
 // Two chains a row, even and odd vectors, added at the end, so that latency does not bind at one row.
 template <int R, int B>
-static inline void product_bf16(const uint8_t* w, size_t block, int num_pieces, const Tile& x, F16 out[B][R]) {
-    F16 odd[B][R];
+__attribute__((always_inline)) static inline void product_bf16(const uint8_t* w, size_t block, int num_pieces, const Tile& x, F16 out[B][R]) {
+    F16 even[B][R], odd[B][R];
     for (int b = 0; b < B; ++b)
-        for (int r = 0; r < R; ++r) out[b][r] = odd[b][r] = f_zero();
+        for (int r = 0; r < R; ++r) even[b][r] = odd[b][r] = f_zero();
     const int32_t* words = x.words;
     for (int p = 0; p < num_pieces; ++p, w += 2048)
         for (int v = 0; v < 32; v += 2, words += 2 * R)
@@ -199,18 +205,18 @@ static inline void product_bf16(const uint8_t* w, size_t block, int num_pieces, 
                 const uint8_t* at = w + b * block + v * 64;
                 prefetch(at + 4096);
                 prefetch(at + 4096 + 64);
-                for (int r = 0; r < R; ++r) out[b][r] = bf16_dot(out[b][r], at, words[r]);
+                for (int r = 0; r < R; ++r) even[b][r] = bf16_dot(even[b][r], at, words[r]);
                 for (int r = 0; r < R; ++r) odd[b][r] = bf16_dot(odd[b][r], at + 64, words[R + r]);
             }
     for (int b = 0; b < B; ++b)
-        for (int r = 0; r < R; ++r) out[b][r] = f_add(out[b][r], odd[b][r]);
+        for (int r = 0; r < R; ++r) out[b][r] = f_add(even[b][r], odd[b][r]);
 }
 
 template <int R, int B>
-static inline void product_float32(const uint8_t* w, size_t block, int num_pieces, const Tile& x, F16 out[B][R]) {
-    F16 odd[B][R];
+__attribute__((always_inline)) static inline void product_float32(const uint8_t* w, size_t block, int num_pieces, const Tile& x, F16 out[B][R]) {
+    F16 even[B][R], odd[B][R];
     for (int b = 0; b < B; ++b)
-        for (int r = 0; r < R; ++r) out[b][r] = odd[b][r] = f_zero();
+        for (int r = 0; r < R; ++r) even[b][r] = odd[b][r] = f_zero();
     const float* values = (const float*)x.words;
     for (int p = 0; p < num_pieces; ++p, w += 4096)
         for (int k = 0; k < kPiece; k += 2, values += 2 * R)
@@ -219,15 +225,15 @@ static inline void product_float32(const uint8_t* w, size_t block, int num_piece
                 prefetch(at + 4096);
                 prefetch(at + 4096 + 64);
                 const F16 even_w = f_load((const float*)at), odd_w = f_load((const float*)(at + 64));
-                for (int r = 0; r < R; ++r) out[b][r] = f_fma(even_w, f_set1(values[r]), out[b][r]);
+                for (int r = 0; r < R; ++r) even[b][r] = f_fma(even_w, f_set1(values[r]), even[b][r]);
                 for (int r = 0; r < R; ++r) odd[b][r] = f_fma(odd_w, f_set1(values[R + r]), odd[b][r]);
             }
     for (int b = 0; b < B; ++b)
-        for (int r = 0; r < R; ++r) out[b][r] = f_add(out[b][r], odd[b][r]);
+        for (int r = 0; r < R; ++r) out[b][r] = f_add(even[b][r], odd[b][r]);
 }
 
 template <int R, int B>
-static inline void product(int format, const uint8_t* w, size_t block, int num_pieces, const Tile& x, F16 out[B][R]) {
+__attribute__((always_inline)) static inline void product(int format, const uint8_t* w, size_t block, int num_pieces, const Tile& x, F16 out[B][R]) {
     switch (format) {
         case kInt4: return product_int4<R, B>(w, block, num_pieces, x, out);
         case kInt8: return product_int8<R, B>(w, block, num_pieces, x, out);

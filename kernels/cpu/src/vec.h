@@ -193,7 +193,7 @@ static inline float f_top(F16 a) {
     return m;
 }
 
-// e^x to about 2 units in the last place; below -87 it is 0 (Cephes' polynomial, Moshier).
+// e^x to about 2 units in the last place, x clamped to -87..88 (Cephes' polynomial, Moshier).
 static inline F16 f_exp(F16 x) {
     const F16 low = f_set1(-87.0f);
     F16 clamped = f_min(f_max(x, low), f_set1(88.0f));
