@@ -41,7 +41,10 @@ class LlamaConfig:
         return frozenset([self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As config.json spells it today: `rope_parameters` holds base and scaling."""
+        fields = asdict(self)
+        scaling = fields.pop("rope_scaling") or {"rope_type": "default"}
+        return fields | {"rope_parameters": scaling | {"rope_theta": fields.pop("rope_theta")}}
 
     def inverse_frequencies(self) -> list[float]:
         """Rotations in radians per position [head_dim / 2], scaled as `rope_scaling` says (Llama 3.1's formula)."""

@@ -46,11 +46,10 @@ def load_twin(path: Path, *, num_active: int | None = None) -> LlamaForCausalLM:
     assert config["architectures"] == ["ForegateLlamaMoeForCausalLM"]
     assert config["model_type"] == "foregate_llama_moe"
     tensors = load_tensors(path)
-    rope = config["rope_scaling"] or {"rope_type": "default"}
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     names += ("head_dim", "vocab_size", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
     settings = {name: config[name] for name in names}
-    model = LlamaForCausalLM(LlamaConfig(**settings, rope_parameters=rope | {"rope_theta": config["rope_theta"]}))
+    model = LlamaForCausalLM(LlamaConfig(**settings, rope_parameters=config["rope_parameters"]))
     num_active = config["num_experts_per_tok"] if num_active is None else num_active
     for index, layer in enumerate(model.model.layers):
         layer.mlp = TwinFfn(tensors, f"model.layers.{index}.mlp.", config["num_experts"], num_active)
