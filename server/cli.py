@@ -216,7 +216,7 @@ def refactor(
     source: Annotated[Path, typer.Argument(help="A dense Llama checkpoint: a directory or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The directory to write; must not exist.")],
     num_experts: Annotated[int, typer.Option(min=1, help="Routed experts in each layer.")] = 16,
-    shared_size: Annotated[int, typer.Option(min=0, help="Neurons of the expert that is always on.")] = 512,
+    shared_size: Annotated[int, typer.Option(min=1, help="Neurons of the expert that is always on.")] = 512,
     num_active: Annotated[int, typer.Option(min=1, help="Routed experts that each token uses.")] = 12,
     calibration: Annotated[
         list[Path] | None,
