@@ -145,7 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     backend = NativeBackend(args.threads, args.isa)
-    memory = torch.zeros(WORKING_SET_NBYTES, dtype=torch.uint8)
+    memory = torch.ones(WORKING_SET_NBYTES, dtype=torch.uint8)  # not zeros: unwritten pages are all one page
     read = Contender("streaming read", lambda: backend.read(memory), memory.numel(), 0.0)
     if not args.json:
         print(f"{backend.isa}, {args.threads} threads; medians of {args.rounds} rounds")
