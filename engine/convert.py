@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cache.expert_key import ExpertKey
-from cache.packed_file import read_packed_header, write_packed_file
+from cache.packed_file import PackedFileError, read_packed_header, write_packed_file
 from engine.checkpoint import Checkpoint
 from engine.config import format_nbytes
 from engine.errors import CheckpointError, ConfigError
@@ -35,7 +35,7 @@ def convert(model: Path, format: str, packed_dir: Path | None = None, progress: 
 def ensure_packed(
     checkpoint: Checkpoint, format: str, packed_dir: Path | None = None, progress: Progress | None = None
 ) -> Path:
-    """As `convert`, of an open checkpoint. A file of another checkpoint or version is made anew."""
+    """As `convert`, of an open checkpoint. A file of another checkpoint is made anew; a damaged one is refused."""
     moe = checkpoint.spec.moe
     if moe is None:
         raise CheckpointError(f"{checkpoint.directory.name} has no experts to pack")
@@ -43,7 +43,17 @@ def ensure_packed(
     name = checkpoint.directory.resolve().name
     path = (packed_dir / name if packed_dir else checkpoint.directory / "foregate") / f"experts.{format}.safetensors"
     if path.exists():
-        if read_packed_header(path).source == checkpoint.fingerprint:
+        header = read_packed_header(path)
+        if header.source == checkpoint.fingerprint:
+            if (header.format, header.record_nbytes, len(header.keys)) != (
+                format,
+                layout.nbytes,
+                len(moe.layers) * moe.num_experts,
+            ):
+                raise PackedFileError(
+                    f"packed expert file {path.name} holds {len(header.keys)} records of format {header.format}, "
+                    "not what its name says; delete it and run `foregate convert` again"
+                )
             return path
         _log.warning("%s was made from another checkpoint: packing the experts anew", path.name)
     try:

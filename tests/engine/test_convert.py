@@ -65,6 +65,12 @@ def test_a_truncated_file_is_refused_not_silently_made_anew(model: Path):
         convert(model, "int8")
 
 
+def test_a_file_of_another_format_under_this_ones_name_is_refused(model: Path):
+    shutil.copyfile(convert(model, "int4"), model / "foregate" / "experts.int8.safetensors")
+    with pytest.raises(PackedFileError, match=r"holds 16 records of format int4, not what its name says; delete it"):
+        convert(model, "int8")
+
+
 def test_an_unknown_format_and_a_model_without_experts_are_refused(model: Path, checkpoint):
     with pytest.raises(ConfigError, match="unknown expert format 'int3'; known: float32, bf16, int8, int4"):
         convert(model, "int3")
