@@ -20,7 +20,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=defaul
 ISA_FLAGS = {"kernels_portable.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["kernels_avx2.cpp"] = ["-DFG_AVX2", "-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["kernels_avx512.cpp"] = [
+    avx512 = [
         "-DFG_AVX512",
         "-Wno-maybe-uninitialized",  # of GCC 12 about its own header
         "-Wno-uninitialized",
@@ -29,6 +29,19 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mfma",
         "-mf16c",
     ]
+    ISA_FLAGS["kernels_avx512.cpp"] = avx512
+    ISA_FLAGS["kernels_amx.cpp"] = [*avx512, "-DFG_AMX", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+
+
+def _compiles_amx(compiler: list[str]) -> bool:
+    """Whether the compiler (GCC 11, Clang 12 or newer) knows the tile instructions; says so if not."""
+    if "kernels_amx.cpp" not in ISA_FLAGS:
+        return False
+    command = [*compiler, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-x", "c++", "-fsyntax-only", "/dev/null"]
+    if subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0:
+        return True
+    print("WARNING: this compiler does not know AMX; CPUs that have it will run the AVX-512 kernels.", file=sys.stderr)
+    return False
 
 
 class BuildNative(build_ext):
@@ -45,9 +58,12 @@ class BuildNative(build_ext):
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 objects = []
+                defines = ["-DFG_HAS_AMX"] if _compiles_amx(compiler) else []
                 for source in ("api.cpp", "route.cpp", "thread_pool.cpp", *ISA_FLAGS):
+                    if source == "kernels_amx.cpp" and not defines:
+                        continue
                     objects.append(str(Path(scratch, source).with_suffix(".o")))
-                    flags = [*FLAGS, *ISA_FLAGS.get(source, []), *extra]
+                    flags = [*FLAGS, *defines, *ISA_FLAGS.get(source, []), *extra]
                     subprocess.run([*compiler, *flags, "-c", str(SOURCE / source), "-o", objects[-1]], check=True)
                 subprocess.run([*compiler, "-shared", "-pthread", *extra, *objects, "-o", str(target)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -17,7 +17,7 @@ import xxhash
 
 from cache.expert_key import ExpertKey
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 ALIGNMENT = 4096
 _MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit
 _CHECKSUM_DIGITS = 16

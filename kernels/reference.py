@@ -6,21 +6,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-GROUP_SIZE = 32  # inputs that share a scale, of weights and of activations
+SPAN = 256  # inputs of a row that share a scale where activations are rounded to 8 bits
 BLOCK_SIZE = 16  # tokens in a block of the KV cache
 
 
 def round_activations(x: Tensor, format: str) -> Tensor:
     """x [..., K] as products of this weight format see it, float32.
 
-    float32: as it is; bf16: rounded to bf16; int8, int4: 8 bits per row and group of 32, scale = largest / 127.
+    float32: as it is; bf16: rounded to bf16; int8, int4: 8 bits per row and span of 256, scale = largest / 127.
     """
     if format == "float32":
         return x.float()
     if format == "bf16":
         return x.to(torch.bfloat16).float()
     num_inputs = x.shape[-1]
-    groups: Tensor = F.pad(x.float(), (0, -num_inputs % GROUP_SIZE)).unflatten(-1, (-1, GROUP_SIZE))
+    groups: Tensor = F.pad(x.float(), (0, -num_inputs % SPAN)).unflatten(-1, (-1, SPAN))
     largest = groups.abs().amax(-1, keepdim=True)
     q = torch.where(largest > 0, groups * (127.0 / largest), 0.0).round_()
     return (q * (largest / 127.0)).flatten(-2)[..., :num_inputs]

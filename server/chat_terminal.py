@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import signal
 import sys
 from collections.abc import AsyncGenerator, Callable
@@ -15,11 +14,12 @@ import httpx
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.errors import ConfigError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
 from server.engine_face import Engine
 from server.generation import close_outputs
 from server.progress import ProgressDisplay
+from server.remote import api_url, authorization, post_events
 
 HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops an answer"
 
@@ -62,36 +62,14 @@ class HttpPartner:
 
     def __init__(self, client: httpx.AsyncClient, url: str, fields: dict[str, Any]) -> None:
         self._client = client
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+        self._url = f"{api_url(url)}/chat/completions"
         self._fields = fields
 
     async def reply(self, messages: Messages) -> AsyncGenerator[str, None]:
         body = {**self._fields, "messages": messages, "stream": True}
-        try:
-            async with self._client.stream("POST", self._url, json=body) as response:
-                if response.status_code != 200:
-                    raise ConfigError(_error_text(await response.aread(), response.status_code))
-                async for line in response.aiter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        yield _delta(line.removeprefix("data: "))
-        except (httpx.HTTPError, httpx.InvalidURL) as exc:
-            raise ConfigError(
-                f"no answer from {self._url}: {exc or type(exc).__name__}; is a server running there?"
-            ) from exc
-
-
-def _delta(data: str) -> str:
-    chunk = json.loads(data)
-    if "error" in chunk:
-        raise ConfigError(str(chunk["error"].get("message", chunk["error"])))
-    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-
-
-def _error_text(body: bytes, status: int) -> str:
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered {status}"
+        async with aclosing(post_events(self._client, self._url, body)) as events:
+            async for event in events:
+                yield "".join(choice["delta"].get("content") or "" for choice in event["choices"])
 
 
 async def chat_in_process(config: EngineConfig, *, temperature: float, max_tokens: int, once: str | None) -> None:
@@ -107,9 +85,8 @@ async def chat_in_process(config: EngineConfig, *, temperature: float, max_token
 
 
 async def chat_with_server(url: str, keys: list[str], fields: dict[str, Any], once: str | None) -> None:
-    """Talk to a running server; raises `ConfigError` when there is none."""
-    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
-    async with httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(10.0, read=None)) as client:
+    """Talk to a running server; raises `RemoteError` when there is none."""
+    async with httpx.AsyncClient(headers=authorization(keys), timeout=httpx.Timeout(10.0, read=None)) as client:
         await _chat(HttpPartner(client, url, fields), once)
 
 

@@ -1,7 +1,10 @@
-"""How a matrix lies for the CPU kernels: blocks of 16 output rows, pieces of 64 inputs, scales beside their weights.
+"""How a matrix lies for the CPU kernels: blocks of 16 output rows, pieces of 64 inputs, spans of 256 that share a scale.
 
-The layout is described at the top of kernels/cpu/src/gemm.inl; this is its other half, in torch, so that packing and
-reading back need no compiler. Rows are padded to 16 and inputs to 64 with weights that are exactly zero.
+The layout is described at the top of kernels/cpu/src/product.inl; this is its other half, in torch, so that packing and
+reading back need no compiler. Rows are padded to 16 and inputs to 64.
+
+int8: weight = (byte - 128) * scale. int4: byte = nibble * step + base, with a step and a base for each group of 32, so
+that an int4 matrix expands to an int8 one exactly (the two levels are those of GGUF's k-quants).
 """
 
 from __future__ import annotations
@@ -12,73 +15,119 @@ from torch import Tensor
 
 ROWS = 16  # outputs in one block
 PIECE = 64  # inputs in one piece
-GROUP_SIZE = 32  # inputs that share a scale
-FLOAT16_MAX = 65504.0
-PIECE_NBYTES = {"float32": 4096, "bf16": 2048, "int8": 1088, "int4": 576}
+GROUP_SIZE = 32  # inputs that share a step and a base
+SPAN = 256  # inputs that share a scale
+PIECE_NBYTES = {"float32": 4096, "bf16": 2048, "int8": 1024, "int4": 576}
+QUANTISED = ("int8", "int4")
 
 
 def packed_nbytes(format: str, num_outputs: int, num_inputs: int) -> int:
     """Bytes of a packed [num_outputs, num_inputs] matrix."""
-    return -(-num_outputs // ROWS) * -(-num_inputs // PIECE) * PIECE_NBYTES[format]
+    return -(-num_outputs // ROWS) * _block_nbytes(format, num_inputs)
 
 
 def pack_matrix(format: str, weight: Tensor) -> Tensor:
-    """weight [N, K] float -> uint8 [blocks, pieces, piece bytes]."""
+    """weight [N, K] float -> uint8 [blocks, block bytes]."""
     num_outputs, num_inputs = weight.shape
     padded = F.pad(weight.float(), (0, -num_inputs % PIECE, 0, -num_outputs % ROWS))
-    blocks = padded.view(-1, ROWS, padded.shape[1] // PIECE, PIECE).transpose(1, 2)  # [blocks, pieces, 16, 64]
+    blocks = padded.view(-1, ROWS, padded.shape[1])  # [blocks, 16, K]
     if format == "float32":
-        return _as_bytes(blocks.transpose(2, 3))
+        return _as_bytes(blocks.transpose(1, 2))
     if format == "bf16":
-        pairs = blocks.to(torch.bfloat16).unflatten(-1, (-1, 2))  # [blocks, pieces, 16, 32, 2]
-        return _as_bytes(pairs.transpose(2, 3))
-    q, scales = _quantise(format, blocks.unflatten(-1, (2, GROUP_SIZE)))
-    scale_bytes = _as_bytes(scales.transpose(2, 3))  # [blocks, pieces, 2 groups, 16] float16
+        return _as_bytes(blocks.to(torch.bfloat16).unflatten(-1, (-1, 2)).transpose(1, 2))
+    scales = _scales(blocks)  # [blocks, 16, spans]
+    relative = _in_steps_of(scales, blocks)  # [blocks, 16, K], -127..127
+    pieces = relative.unflatten(-1, (-1, PIECE)).transpose(1, 2)  # [blocks, pieces, 16, 64]
     if format == "int8":
-        words = q.unflatten(-1, (-1, 4)).permute(0, 1, 3, 4, 2, 5)  # [blocks, pieces, 2, 8, 16, 4]
-        return torch.cat((_as_bytes(words), scale_bytes), dim=-1)
-    halves = q.unflatten(-1, (4, 2, 4)).permute(0, 1, 3, 4, 5, 2, 6)  # [blocks, pieces, 2, 4, 2 halves, 16, 4]
-    nibbles = halves[:, :, :, :, 0] | (halves[:, :, :, :, 1] << 4)
-    return torch.cat((_as_bytes(nibbles), scale_bytes), dim=-1)
+        q = pieces.round().add_(128).to(torch.uint8)
+        parts = [_as_bytes(q.unflatten(-1, (-1, 4)).transpose(2, 3))]
+    else:
+        q, steps, bases = _quantise_groups(pieces.unflatten(-1, (2, GROUP_SIZE)))  # [blocks, pieces, 16, 2, 32], [..., 2]
+        halves = q.unflatten(-1, (4, 2, 4)).permute(0, 1, 3, 4, 5, 2, 6)  # [blocks, pieces, 2, 4, 2 halves, 16, 4]
+        nibbles = halves[:, :, :, :, 0] | (halves[:, :, :, :, 1] << 4)
+        piece_parts = (nibbles.flatten(2), steps.transpose(2, 3).flatten(2), bases.flatten(2))
+        parts = [torch.cat(piece_parts, dim=-1).flatten(1)]
+    packed = torch.cat((*parts, _as_bytes(scales.transpose(1, 2))), dim=-1)
+    return F.pad(packed, (0, _block_nbytes(format, num_inputs) - packed.shape[1]))
 
 
 def unpack_matrix(format: str, packed: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
     """The inverse of `pack_matrix`, float32 [N, K]; `packed` is uint8 of any shape."""
     num_pieces = -(-num_inputs // PIECE)
-    pieces = packed.reshape(-1, num_pieces, PIECE_NBYTES[format])
+    blocks = packed.reshape(-1, _block_nbytes(format, num_inputs))
+    num_blocks, pieces_nbytes = len(blocks), num_pieces * PIECE_NBYTES[format]
+    stored = blocks[:, :pieces_nbytes].contiguous().view(num_blocks, num_pieces, -1)
     if format == "float32":
-        blocks = pieces.view(torch.float32).unflatten(-1, (PIECE, ROWS)).transpose(2, 3)
+        weight = stored.view(torch.float32).unflatten(-1, (PIECE, ROWS)).transpose(2, 3)
     elif format == "bf16":
-        blocks = pieces.view(torch.bfloat16).unflatten(-1, (PIECE // 2, ROWS, 2)).transpose(2, 3).flatten(-2).float()
+        weight = stored.view(torch.bfloat16).unflatten(-1, (PIECE // 2, ROWS, 2)).transpose(2, 3).flatten(-2).float()
     else:
-        scales = pieces[..., -64:].contiguous().view(torch.float16).unflatten(-1, (2, ROWS)).transpose(2, 3)
-        stored = pieces[..., :-64]
         if format == "int8":
-            q = stored.unflatten(-1, (2, 8, ROWS, 4)).permute(0, 1, 4, 2, 3, 5).flatten(-2).float() - 128.0
+            q = stored.unflatten(-1, (16, ROWS, 4)).transpose(2, 3).flatten(-2).int()
         else:
-            nibbles = stored.unflatten(-1, (2, 4, ROWS, 4))
+            nibbles = stored[..., :512].unflatten(-1, (2, 4, ROWS, 4))
             halves = torch.stack((nibbles & 15, nibbles >> 4), dim=4)  # [blocks, pieces, 2, 4, 2 halves, 16, 4]
-            q = halves.permute(0, 1, 5, 2, 3, 4, 6).flatten(-3).float() - 8.0
-        blocks = (q * scales.float().unsqueeze(-1)).flatten(-2)
-    weight: Tensor = blocks.transpose(1, 2).flatten(2).flatten(0, 1)
-    return weight[:num_outputs, :num_inputs]
+            u = halves.permute(0, 1, 5, 2, 3, 4, 6).flatten(-3).int()  # [blocks, pieces, 16, 2, 32]
+            steps = stored[..., 512:544].unflatten(-1, (2, ROWS)).transpose(2, 3).int()
+            bases = stored[..., 544:].unflatten(-1, (ROWS, 2)).int()
+            q = (u * steps.unsqueeze(-1) + bases.unsqueeze(-1)).flatten(-2)
+        num_spans = -(-num_pieces * PIECE // SPAN)
+        scales = blocks[:, pieces_nbytes : pieces_nbytes + num_spans * 2 * ROWS].contiguous().view(torch.bfloat16)
+        by_piece = scales.float().view(num_blocks, num_spans, ROWS).repeat_interleave(SPAN // PIECE, dim=1)
+        weight = (q - 128).float() * by_piece[:, :num_pieces].unsqueeze(-1)
+    flat: Tensor = weight.transpose(1, 2).flatten(2).flatten(0, 1)
+    return flat[:num_outputs, :num_inputs]
 
 
-def _quantise(format: str, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """groups [..., 32] -> q uint8 [..., 32] (int8 + 128, int4 + 8), scales float16 [...].
+def _block_nbytes(format: str, num_inputs: int) -> int:
+    num_pieces = -(-num_inputs // PIECE)
+    num_spans = -(-num_pieces * PIECE // SPAN) if format in QUANTISED else 0
+    nbytes = num_pieces * PIECE_NBYTES[format] + num_spans * 2 * ROWS
+    return -(-nbytes // 64) * 64
 
-    weight ~= (q - offset) * scale. int4's scale is signed so that the group's largest magnitude falls on -8, the
-    longer end of the range (as in GGUF's Q4_0).
+
+def _scales(blocks: Tensor) -> Tensor:
+    """blocks [..., K] -> bf16 [..., spans]: a 127th of each span's largest magnitude, rounded up."""
+    spans = F.pad(blocks, (0, -blocks.shape[-1] % SPAN)).unflatten(-1, (-1, SPAN))
+    wanted = spans.abs().amax(-1) / 127.0
+    scales = wanted.to(torch.bfloat16)
+    above: Tensor = (scales.view(torch.int16) + 1).view(torch.bfloat16)
+    return torch.where(scales.float() < wanted, above, scales)
+
+
+def _in_steps_of(scales: Tensor, blocks: Tensor) -> Tensor:
+    """blocks [..., K] divided by their spans' scales; 0 where the scale is."""
+    factors = torch.where(scales > 0, 1.0 / scales.float(), 0.0).repeat_interleave(SPAN, dim=-1)
+    return (blocks * factors[..., : blocks.shape[-1]]).clamp_(-127.0, 127.0)
+
+
+def _quantise_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """groups [..., 32] in -127..127 -> nibbles [..., 32], steps [...], bases [...], all uint8.
+
+    nibble * step + base - 128 is near the value, and its first two terms never pass 255. Of a few pairs of step and
+    base, those with the smallest squared error: a step that cuts off the ends is often better than one that reaches them.
     """
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    offset, low, high = (8, -8, 7) if format == "int4" else (128, -127, 127)
-    steps = extreme / -8.0 if format == "int4" else extreme.abs() / 127.0
-    scales = steps.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
-    divisor = scales.float().unsqueeze(-1)
-    q = torch.where(divisor != 0, groups / divisor, 0.0).round_().clamp_(low, high).add_(offset)
-    return q.to(torch.uint8), scales
+    low, high = groups.amin(-1), groups.amax(-1)
+    full = ((high - low) / 15.0).ceil_().clamp_(1.0, 17.0)
+    best_error = torch.full_like(low, torch.inf)
+    best_step, best_base = torch.ones_like(low), torch.full_like(low, 128.0)
+    for smaller in (0, 1, 2):
+        step = (full - smaller).clamp_(min=1.0)
+        slack = (high - low) - 15.0 * step  # what does not fit between the ends, or, negative, what is left over
+        for share in (0.5,) if smaller == 0 else (0.5, 0.25, 0.75):
+            base = (low + slack * share + 128.0).round_().clamp_(min=0.0).minimum(255.0 - 15.0 * step)
+            offset = base.unsqueeze(-1) - 128.0
+            u = ((groups - offset) / step.unsqueeze(-1)).round_().clamp_(0.0, 15.0)
+            error = (u * step.unsqueeze(-1)).add_(offset).sub_(groups).square_().sum(-1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_step = torch.where(better, step, best_step)
+            best_base = torch.where(better, base, best_base)
+    offset = best_base.unsqueeze(-1) - 128.0
+    nibbles = ((groups - offset) / best_step.unsqueeze(-1)).round_().clamp_(0.0, 15.0)
+    return nibbles.to(torch.uint8), best_step.to(torch.uint8), best_base.to(torch.uint8)
 
 
 def _as_bytes(x: Tensor) -> Tensor:
-    """[blocks, pieces, ...] -> uint8 [blocks, pieces, bytes]."""
-    return x.contiguous().flatten(2).view(torch.uint8)
+    """[blocks, ...] -> uint8 [blocks, bytes]."""
+    return x.contiguous().flatten(1).view(torch.uint8)

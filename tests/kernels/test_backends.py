@@ -14,7 +14,7 @@ from kernels.quant.formats import FORMATS
 from kernels.torch_backend import TorchBackend
 from tests.kernels.test_quant import random_weights
 
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("amx", "avx512", "avx2", "portable")
 NATIVE = [f"native-{isa}" for isa in ISAS]
 DENSE_FORMATS = ("float32", "bf16", "int8", "int4")
 

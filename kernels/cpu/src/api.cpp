@@ -4,6 +4,12 @@
 #include <memory>
 #include <mutex>
 
+#if defined(FG_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 #include "thread_pool.h"
 
@@ -19,9 +25,24 @@ std::mutex mutex;
 std::unique_ptr<foregate::ThreadPool> pool;
 const foregate::KernelTable* table = nullptr;
 
+#if defined(FG_HAS_AMX)
+// The CPU has int8 and bf16 tiles, and the system lets this process keep state in them.
+bool may_use_tiles() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned tile = 1u << 24, int8 = 1u << 25, bf16 = 1u << 22;
+    if ((d & (tile | int8 | bf16)) != (tile | int8 | bf16)) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 bool runs_here(const char* name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+#if defined(FG_HAS_AMX)
+    if (!strcmp(name, "amx")) return runs_here("avx512") && may_use_tiles();
+#endif
     if (!strcmp(name, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
@@ -39,6 +60,9 @@ int foregate_start(int num_threads, const char* isa) {
     std::lock_guard<std::mutex> lock(mutex);
     const foregate::KernelTable* chosen = nullptr;
     const foregate::KernelTable* known[] = {
+#if defined(FG_HAS_AMX)
+        &foregate::kAmx,
+#endif
 #if defined(__x86_64__)
         &foregate::kAvx512, &foregate::kAvx2,
 #endif

@@ -78,5 +78,6 @@ struct KernelTable {
 extern const KernelTable kPortable;
 extern const KernelTable kAvx2;
 extern const KernelTable kAvx512;
+extern const KernelTable kAmx;
 
 }  // namespace foregate

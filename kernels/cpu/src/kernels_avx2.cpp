@@ -14,6 +14,7 @@ namespace avx2 {
 #include "vec.h"
 
 #include "attention.inl"
+#include "product.inl"
 #include "gemm.inl"
 }  // namespace avx2
 

@@ -14,6 +14,7 @@ namespace avx512 {
 #include "vec.h"
 
 #include "attention.inl"
+#include "product.inl"
 #include "gemm.inl"
 }  // namespace avx512
 

@@ -13,6 +13,7 @@ namespace portable {
 #include "vec.h"
 
 #include "attention.inl"
+#include "product.inl"
 #include "gemm.inl"
 }  // namespace portable
 

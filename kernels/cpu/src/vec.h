@@ -2,6 +2,19 @@
 // F16: 16 floats, I16: 16 int32, B64: 64 bytes. Every operation is the same arithmetic whatever the call's row count.
 #pragma once
 
+[[maybe_unused]] static inline uint16_t to_bf16(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 64);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+[[maybe_unused]] static inline float from_bf16(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
 #if defined(FG_AVX512)
 
 struct F16 { __m512 v; };
@@ -34,8 +47,25 @@ static inline int32_t i_sum(I16 a) { return _mm512_reduce_add_epi32(a.v); }
 static inline B64 b_load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 static inline B64 b_low(B64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 static inline B64 b_high(B64 a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+static inline void f_store_bf16(void* p, F16 a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+static inline I16 i_add(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+static inline I16 i_load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+static inline I16 i_from_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+static inline I16 i_pairs_from_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+static inline I16 i_low_of_pairs(I16 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff))}; }
+static inline I16 i_high_of_pairs(I16 a) { return {_mm512_srli_epi32(a.v, 16)}; }
+static inline I16 i_spread2(I16 a) { return {_mm512_or_si512(a.v, _mm512_slli_epi32(a.v, 16))}; }
+static inline I16 i_spread4(I16 a) { return i_spread2({_mm512_or_si512(a.v, _mm512_slli_epi32(a.v, 8))}); }
+static inline void b_store(uint8_t* p, B64 a) { _mm512_store_si512(p, a.v); }
+// bytes a * step + base, where no product passes 255; step twice and base four times in each lane
+static inline B64 b_affine(B64 a, I16 step, I16 base) {
+    return {_mm512_add_epi8(_mm512_mullo_epi16(a.v, step.v), base.v)};
+}
 // acc[l] += sum over j of u8 w[4 l + j] * s8 x[j]
 static inline I16 dot4(I16 acc, B64 w, int32_t x) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(x))}; }
+static inline I16 dot4_small(I16 acc, B64 w, int32_t x) { return dot4(acc, w, x); }  // w below 128
+// acc[l] += sum over j of s16 w[2 l + j] * s16 x[j]
+static inline I16 dot2(I16 acc, I16 w, int32_t x) { return {_mm512_dpwssd_epi32(acc.v, w.v, _mm512_set1_epi32(x))}; }
 
 #elif defined(FG_AVX2)
 
@@ -96,6 +126,50 @@ static inline B64 b_low(B64 x) {
 static inline B64 b_high(B64 x) {
     const __m256i m = _mm256_set1_epi8(15);
     return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), m)};
+}
+static inline void f_store_bf16(void* p, F16 x) {
+    float t[16];
+    f_store(t, x);
+    uint16_t h[16];
+    for (int i = 0; i < 16; ++i) h[i] = to_bf16(t[i]);
+    memcpy(p, h, 32);
+}
+static inline I16 i_add(I16 x, I16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+static inline I16 i_load(const int32_t* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
+}
+static inline I16 i_from_u8(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+}
+static inline I16 i_pairs_from_u8(const uint8_t* p) {
+    const __m128i* q = (const __m128i*)p;
+    return {_mm256_cvtepu8_epi16(_mm_loadu_si128(q)), _mm256_cvtepu8_epi16(_mm_loadu_si128(q + 1))};
+}
+static inline I16 i_low_of_pairs(I16 x) {
+    const __m256i m = _mm256_set1_epi32(0xffff);
+    return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+}
+static inline I16 i_high_of_pairs(I16 x) { return {_mm256_srli_epi32(x.a, 16), _mm256_srli_epi32(x.b, 16)}; }
+static inline I16 i_spread(I16 x, int bits) {
+    return {_mm256_or_si256(x.a, _mm256_slli_epi32(x.a, bits)), _mm256_or_si256(x.b, _mm256_slli_epi32(x.b, bits))};
+}
+static inline I16 i_spread2(I16 x) { return i_spread(x, 16); }
+static inline I16 i_spread4(I16 x) { return i_spread(i_spread(x, 8), 16); }
+static inline void b_store(uint8_t* p, B64 x) {
+    _mm256_storeu_si256((__m256i*)p, x.a);
+    _mm256_storeu_si256((__m256i*)(p + 32), x.b);
+}
+static inline B64 b_affine(B64 x, I16 step, I16 base) {
+    return {_mm256_add_epi8(_mm256_mullo_epi16(x.a, step.a), base.a), _mm256_add_epi8(_mm256_mullo_epi16(x.b, step.b), base.b)};
+}
+static inline I16 dot2(I16 acc, I16 w, int32_t x) {
+    const __m256i xs = _mm256_set1_epi32(x);
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, xs)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, xs))};
+}
+static inline I16 dot4_small(I16 acc, B64 w, int32_t x) {
+    const __m256i xs = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, xs), ones)),
+            _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, xs), ones))};
 }
 // pairs are added in 16 bits, which u8 * s8 can overflow: split each weight into a part below 128 and its top bit
 static inline __m256i dot4_half(__m256i acc, __m256i w, __m256i x) {
@@ -167,12 +241,35 @@ static inline int32_t i_sum(I16 a) { int32_t s = 0; FG_LANES s += a.v[i]; return
 static inline B64 b_load(const uint8_t* p) { B64 r; memcpy(r.v, p, 64); return r; }
 static inline B64 b_low(B64 a) { for (int i = 0; i < 64; ++i) a.v[i] &= 15; return a; }
 static inline B64 b_high(B64 a) { for (int i = 0; i < 64; ++i) a.v[i] >>= 4; return a; }
+static inline void f_store_bf16(void* p, F16 a) {
+    uint16_t h[16];
+    FG_LANES h[i] = to_bf16(a.v[i]);
+    memcpy(p, h, 32);
+}
+static inline I16 i_add(I16 a, I16 b) { FG_LANES a.v[i] += b.v[i]; return a; }
+static inline I16 i_load(const int32_t* p) { I16 r; memcpy(r.v, p, 64); return r; }
+static inline I16 i_from_u8(const uint8_t* p) { I16 r; FG_LANES r.v[i] = p[i]; return r; }
+static inline I16 i_pairs_from_u8(const uint8_t* p) { I16 r; FG_LANES r.v[i] = p[2 * i] | p[2 * i + 1] << 16; return r; }
+static inline I16 i_low_of_pairs(I16 a) { FG_LANES a.v[i] &= 0xffff; return a; }
+static inline I16 i_high_of_pairs(I16 a) { FG_LANES a.v[i] = (int32_t)((uint32_t)a.v[i] >> 16); return a; }
+static inline I16 i_spread2(I16 a) { return a; }  // b_affine reads the lowest
+static inline I16 i_spread4(I16 a) { return a; }
+static inline void b_store(uint8_t* p, B64 a) { memcpy(p, a.v, 64); }
+static inline B64 b_affine(B64 a, I16 step, I16 base) {
+    for (int i = 0; i < 64; ++i) a.v[i] = (uint8_t)(a.v[i] * step.v[i / 4] + base.v[i / 4]);
+    return a;
+}
+static inline I16 dot2(I16 acc, I16 w, int32_t x) {
+    FG_LANES acc.v[i] += (int16_t)w.v[i] * (int16_t)x + (w.v[i] >> 16) * (x >> 16);
+    return acc;
+}
 static inline I16 dot4(I16 acc, B64 w, int32_t x) {
     int8_t s[4];
     memcpy(s, &x, 4);
     FG_LANES acc.v[i] += w.v[4 * i] * s[0] + w.v[4 * i + 1] * s[1] + w.v[4 * i + 2] * s[2] + w.v[4 * i + 3] * s[3];
     return acc;
 }
+static inline I16 dot4_small(I16 acc, B64 w, int32_t x) { return dot4(acc, w, x); }
 #undef FG_LANES
 
 #endif

@@ -1,0 +1,152 @@
+// Products on AMX tiles: two blocks of 16 outputs by two runs of rows at a time. Included by product.inl.
+
+struct TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_nbytes[16] = {};
+    uint8_t num_rows[16] = {};
+};
+
+// Tiles 0..3: results [run * 2 + block]; 4, 5: rows of the two runs; 6, 7: weights of the two blocks.
+// Configured for the numbers of rows that were asked for last; released at the end of its scope.
+class Tiles {
+public:
+    ~Tiles() {
+        if (rows0_) _tile_release();
+    }
+    void configure(int rows0, int rows1) {
+        rows1 = std::max(rows1, 1);
+        if (rows0 == rows0_ && rows1 == rows1_) return;
+        rows0_ = rows0;
+        rows1_ = rows1;
+        TileConfig config;
+        for (int i = 0; i < 8; ++i) {
+            config.row_nbytes[i] = 64;
+            config.num_rows[i] = (uint8_t)(i >= 6 ? 16 : i == 4 || i < 2 ? rows0 : rows1);
+        }
+        asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+    }
+
+private:
+    int rows0_ = 0, rows1_ = 0;
+};
+
+// Sums of one pair of runs over one span, waiting in memory to be scaled and added.
+struct PendingSpan {
+    alignas(64) int32_t sums[4][kTile * kLanes];
+    int run = -1;
+};
+
+// Adds one span to the sums of all rows in `values`. weights: int8 blocks [pieces, 16, 64].
+static inline void amx_add_span(const Shape& shape, const uint8_t* const* weights, int num_blocks, int span, int num_pieces,
+                                const F16* factors, const RowSpan* runs, int num_runs, uint8_t* memory, float* values) {
+    PendingSpan pending[2];
+    const int begin = runs[0].first;
+    auto finish = [&](const PendingSpan& done) {
+        for (int i = 0; i < 2 && done.run + i < num_runs; ++i) {
+            const int num_rows = runs[done.run + i].num_rows;
+            const Tile x(shape, memory + runs[done.run + i].at, num_rows);
+            for (int b = 0; b < num_blocks; ++b) {
+                float* to = values_at(values, runs[done.run + i].first - begin, num_rows, b, 0);
+                const int32_t* from = done.sums[i * 2 + b];
+                for (int r = 0; r < num_rows; ++r, to += kLanes, from += kLanes) {
+                    const I16 sum = i_add(i_load(from), i_set1(x.correction[span * num_rows + r]));
+                    const F16 scaled = f_mul(factors[b], f_set1(x.scales[span * num_rows + r]));
+                    f_store(to, f_fma(f_from_i(sum), scaled, f_load(to)));
+                }
+            }
+        }
+    };
+    Tiles tiles;
+    asm volatile("" ::: "memory");  // tile loads do not tell the compiler that they read memory
+    const uint8_t *w0 = weights[0], *w1 = weights[num_blocks - 1];
+    for (int t = 0; t < num_runs; t += 2) {
+        const int rows0 = runs[t].num_rows, rows1 = t + 1 < num_runs ? runs[t + 1].num_rows : 0;
+        tiles.configure(rows0, rows1);
+        const uint8_t* x0 = memory + runs[t].at + (size_t)span * kSpanPieces * rows0 * 64;
+        PendingSpan& now = pending[t / 2 % 2];
+        _tile_zero(0);
+        _tile_zero(1);
+        if (rows1) {
+            const uint8_t* x1 = memory + runs[t + 1].at + (size_t)span * kSpanPieces * rows1 * 64;
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int p = 0; p < num_pieces; ++p) {
+                _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
+                _tile_loadd(6, w0 + p * 1024, 64);
+                _tile_dpbsud(0, 4, 6);
+                _tile_loadd(7, w1 + p * 1024, 64);
+                _tile_dpbsud(1, 4, 7);
+                _tile_loadd(5, x1 + (size_t)p * rows1 * 64, 64);
+                _tile_dpbsud(2, 5, 6);
+                _tile_dpbsud(3, 5, 7);
+            }
+        } else {
+            for (int p = 0; p < num_pieces; ++p) {
+                _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
+                _tile_loadd(6, w0 + p * 1024, 64);
+                _tile_dpbsud(0, 4, 6);
+                _tile_loadd(7, w1 + p * 1024, 64);
+                _tile_dpbsud(1, 4, 7);
+            }
+        }
+        if (t > 0) finish(pending[(t / 2 + 1) % 2]);  // while the tiles above are being computed
+        now.run = t;
+        _tile_stored(0, now.sums[0], 64);
+        _tile_stored(1, now.sums[1], 64);
+        if (rows1) {
+            _tile_stored(2, now.sums[2], 64);
+            _tile_stored(3, now.sums[3], 64);
+        }
+    }
+    finish(pending[(num_runs - 1) / 2 % 2]);
+}
+
+// A result is one chain of tile products, 32 inputs each, in input order.
+static void amx_product_bf16(const Shape& shape, const uint8_t* const* w, int num_blocks, const RowSpan* runs, int num_runs,
+                             uint8_t* memory, float* values) {
+    Tiles tiles;
+    asm volatile("" ::: "memory");  // tile loads do not tell the compiler that they read memory
+    const int begin = runs[0].first, num_chunks = shape.num_chunks();
+    const uint8_t *w0 = w[0], *w1 = w[num_blocks - 1];
+    alignas(64) float unused[kTile * kLanes];
+    for (int t = 0; t < num_runs; t += 2) {
+        const int rows0 = runs[t].num_rows, rows1 = t + 1 < num_runs ? runs[t + 1].num_rows : 0;
+        tiles.configure(rows0, rows1);
+        const uint8_t* x0 = memory + runs[t].at;
+        float* out0 = values_at(values, runs[t].first - begin, rows0, 0, 0);
+        _tile_zero(0);
+        _tile_zero(1);
+        if (rows1) {
+            const uint8_t* x1 = memory + runs[t + 1].at;
+            float* out1 = values_at(values, runs[t + 1].first - begin, rows1, 0, 0);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int i = 0; i < num_chunks; ++i) {
+                _tile_loadd(4, x0 + (size_t)i * rows0 * 64, 64);
+                _tile_loadd(6, w0 + (size_t)i * 1024, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, w1 + (size_t)i * 1024, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, x1 + (size_t)i * rows1 * 64, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(2, out1, 64);
+            _tile_stored(3, num_blocks > 1 ? out1 + rows1 * kLanes : unused, 64);
+        } else {
+            for (int i = 0; i < num_chunks; ++i) {
+                for (int line = 0; line < 16; ++line) {
+                    prefetch(w0 + (size_t)i * 1024 + 4096 + line * 64);
+                    prefetch(w1 + (size_t)i * 1024 + 4096 + line * 64);
+                }
+                _tile_loadd(4, x0 + (size_t)i * rows0 * 64, 64);
+                _tile_loadd(6, w0 + (size_t)i * 1024, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, w1 + (size_t)i * 1024, 64);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+        }
+        _tile_stored(0, out0, 64);
+        _tile_stored(1, num_blocks > 1 ? out0 + rows0 * kLanes : unused, 64);
+    }
+}

@@ -1,0 +1,392 @@
+// Products of packed weights with a few or many rows. Included inside an instruction set's namespace, after vec.h.
+//
+// A packed matrix [N, K] is a sequence of blocks of 16 output rows, each a sequence of 64-wide pieces of the input:
+//   int4:    2 groups of (4 x 64 bytes of nibbles), 2 x 16 steps, 16 x 2 bases; 576 bytes
+//   int8:    16 x 64 bytes, weight + 128; 1024 bytes
+//   bf16:    64 inputs as 32 vectors of 16 rows x 2 inputs; 2048 bytes
+//   float32: 64 vectors of 16 rows; 4096 bytes
+// A nibble vector c of a group of 32 holds inputs 8c..8c+3 of each row in its low and 8c+4..8c+7 in its high halves.
+// Integer formats: 4 pieces are a span of 256 inputs, which share a bf16 scale [16]; all scales lie after the block's
+// pieces. A nibble u of a group stands for (u * step + base - 128) * scale, and u * step + base is a byte: so an int4
+// matrix is an int8 matrix in fewer bits, and may be computed as either. Rows and inputs beyond N and K are zeros.
+//
+// Activations of integer formats are quantised per row and span. A span's sum of products is a whole number below 2^24,
+// so it is the same float however it is come by; spans are then added in order. In the other formats every (row, output)
+// is one chain of operations in input order. Hence the same bits for any number of rows, whichever path takes them.
+
+constexpr int kPiece = 64;       // inputs in one piece of a block
+constexpr int kGroup = 32;       // inputs that share a step and a base
+constexpr int kSpanPieces = 4;   // pieces that share a scale
+constexpr int kLanes = 16;       // outputs in one block
+constexpr int kTile = 16;        // rows at most that lie together, piece by piece
+constexpr int kPair = 2;         // blocks at most in one product
+#if defined(FG_AVX512)
+constexpr int kFewRows = 8;      // rows whose sums of every kind stay in registers
+constexpr int kManyRows = 16;    // rows whose innermost sums stay in registers
+#else
+constexpr int kFewRows = 2;
+constexpr int kManyRows = 4;
+#endif
+
+static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+static inline bool is_integer(int format) { return format == kInt4 || format == kInt8; }
+
+// A packed matrix' sizes.
+struct Shape {
+    int format, num_inputs, num_pieces, num_spans;
+    size_t piece_nbytes, block_nbytes;
+
+    Shape(int format, int num_inputs) : format(format), num_inputs(num_inputs) {
+        num_pieces = ceil_div(num_inputs, kPiece);
+        num_spans = is_integer(format) ? ceil_div(num_pieces, kSpanPieces) : 0;
+        piece_nbytes = format == kInt4 ? 576 : format == kInt8 ? 1024 : format == kBf16 ? 2048 : 4096;
+        block_nbytes = (num_pieces * piece_nbytes + num_spans * 32 + 63) / 64 * 64;
+    }
+    const uint8_t* scales(const uint8_t* block) const { return block + num_pieces * piece_nbytes; }
+    // 64-byte chunks of activations in a piece: 64 int8, 32 bf16 or 16 float32
+    int num_chunks() const { return num_pieces * (format == kFloat32 ? 4 : format == kBf16 ? 2 : 1); }
+    size_t tile_nbytes(int num_rows) const {
+        const size_t row = (size_t)num_chunks() * 64 + num_spans * 8 + (format == kInt4 ? num_pieces * 4 : 0);
+        return (num_rows * row + 63) / 64 * 64;
+    }
+};
+
+// ---- activations --------------------------------------------------------------------------------------------------
+
+// Up to 16 rows of activations as products read them: chunk i of row r at [i * num_rows + r].
+struct Tile {
+    int num_rows;
+    uint8_t* chunks;      // [num_chunks, num_rows, 64]
+    float* scales;        // [num_spans, num_rows], integer formats
+    int32_t* correction;  // [num_spans, num_rows] -128 times the span's sum, integer formats
+    int32_t* pairs;       // [num_pieces, num_rows] sums of a piece's two groups, 16 bits each, int4
+
+    Tile(const Shape& shape, uint8_t* memory, int num_rows) : num_rows(num_rows), chunks(memory) {
+        scales = (float*)(memory + (size_t)shape.num_chunks() * 64 * num_rows);
+        correction = (int32_t*)scales + shape.num_spans * num_rows;
+        pairs = correction + shape.num_spans * num_rows;
+    }
+};
+
+// x[k..k + 15], zeros beyond num_inputs
+static inline F16 load_inputs(const float* x, int k, int num_inputs) {
+    if (k + kLanes <= num_inputs) return f_load(x + k);
+    float t[kLanes] = {};
+    for (int i = 0; k + i < num_inputs; ++i) t[i] = x[k + i];
+    return f_load(t);
+}
+
+static void put_span(const Shape& shape, const float* x, const Tile& tile, int span, int r) {
+    const int first = span * kSpanPieces, last = std::min(shape.num_pieces, first + kSpanPieces);
+    F16 values[kSpanPieces * 4];
+    F16 top = f_zero();
+    const int num = (last - first) * 4;
+    for (int i = 0; i < num; ++i) {
+        values[i] = load_inputs(x, first * kPiece + i * kLanes, shape.num_inputs);
+        top = f_max(top, f_abs(values[i]));
+    }
+    const float largest = f_top(top), scale = largest / 127.0f;
+    const F16 inverse = f_set1(scale > 0.0f ? 127.0f / largest : 0.0f);
+    int32_t sum = 0;
+    for (int p = first; p < last; ++p) {
+        int8_t* chunk = (int8_t*)tile.chunks + ((size_t)p * tile.num_rows + r) * 64;
+        int32_t group_sums[2];
+        for (int g = 0; g < 2; ++g) {
+            const F16* v = values + (p - first) * 4 + g * 2;
+            const I16 a = i_from_f(f_mul(v[0], inverse)), b = i_from_f(f_mul(v[1], inverse));
+            i_store_s8(chunk + g * kGroup, a);
+            i_store_s8(chunk + g * kGroup + kLanes, b);
+            group_sums[g] = i_sum(i_add(a, b));
+        }
+        sum += group_sums[0] + group_sums[1];
+        if (shape.format == kInt4)
+            tile.pairs[p * tile.num_rows + r] = (int32_t)((uint32_t)group_sums[0] & 0xffff) | group_sums[1] * 65536;
+    }
+    tile.scales[span * tile.num_rows + r] = scale;
+    tile.correction[span * tile.num_rows + r] = -128 * sum;
+}
+
+// Put x [num_inputs] into a tile as its row r.
+static void put_row(const Shape& shape, const float* x, const Tile& tile, int r) {
+    if (is_integer(shape.format)) {
+        for (int s = 0; s < shape.num_spans; ++s) put_span(shape, x, tile, s, r);
+        return;
+    }
+    const bool is_bf16 = shape.format == kBf16;
+    for (int i = 0; i < shape.num_chunks(); ++i) {
+        uint8_t* chunk = tile.chunks + ((size_t)i * tile.num_rows + r) * 64;
+        if (is_bf16) {
+            f_store_bf16(chunk, load_inputs(x, i * 32, shape.num_inputs));
+            f_store_bf16(chunk + 32, load_inputs(x, i * 32 + kLanes, shape.num_inputs));
+        } else {
+            f_store((float*)chunk, load_inputs(x, i * kLanes, shape.num_inputs));
+        }
+    }
+}
+
+// ---- products of a few rows -----------------------------------------------------------------------------------------
+
+static inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+static inline int32_t word_at(const uint8_t* p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return word;
+}
+
+// Each: out[r] = product of row first + r of the tile with the 16 outputs of the block at w.
+
+template <int R>
+static inline void product_int4(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
+    const size_t stride = (size_t)x.num_rows * 64;
+    const uint8_t* chunk = x.chunks + first * 64;
+    const uint8_t* scale = shape.scales(w);
+    const int32_t* pairs = x.pairs + first;
+    F16 sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = f_zero();
+    for (int s = 0, p = 0; s < shape.num_spans; ++s) {
+        I16 base[R];
+        F16 total[R];
+        for (int r = 0; r < R; ++r) {
+            base[r] = i_set1(x.correction[s * x.num_rows + first + r]);
+            total[r] = f_zero();
+        }
+        for (const int end = std::min(shape.num_pieces, p + kSpanPieces); p < end; ++p, w += 576, chunk += stride, pairs += x.num_rows) {
+            for (int i = 0; i < 9; ++i) prefetch(w + 4 * 576 + i * 64);
+            const I16 bases = i_pairs_from_u8(w + 544);
+            for (int r = 0; r < R; ++r) base[r] = dot2(base[r], bases, pairs[r]);
+            for (int g = 0; g < 2; ++g) {
+                I16 acc[R];
+                for (int r = 0; r < R; ++r) acc[r] = i_set1(0);
+                for (int c = 0; c < 4; ++c) {
+                    const B64 both = b_load(w + g * 256 + c * 64);
+                    const B64 low = b_low(both), high = b_high(both);
+                    const uint8_t* at = chunk + g * 32 + c * 8;
+                    for (int r = 0; r < R; ++r) acc[r] = dot4_small(acc[r], low, word_at(at + r * 64));
+                    for (int r = 0; r < R; ++r) acc[r] = dot4_small(acc[r], high, word_at(at + r * 64 + 4));
+                }
+                const F16 step = f_from_i(i_from_u8(w + 512 + g * 16));
+                for (int r = 0; r < R; ++r) total[r] = f_fma(f_from_i(acc[r]), step, total[r]);
+            }
+        }
+        const F16 factor = f_from_bf16(scale + s * 32);
+        for (int r = 0; r < R; ++r)
+            sum[r] = f_fma(f_add(total[r], f_from_i(base[r])), f_mul(factor, f_set1(x.scales[s * x.num_rows + first + r])), sum[r]);
+    }
+    for (int r = 0; r < R; ++r) out[r] = sum[r];
+}
+
+template <int R>
+static inline void product_int8(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
+    const size_t stride = (size_t)x.num_rows * 64;
+    const uint8_t* chunk = x.chunks + first * 64;
+    const uint8_t* scale = shape.scales(w);
+    F16 sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = f_zero();
+    for (int s = 0, p = 0; s < shape.num_spans; ++s) {
+        I16 acc[2][R];  // two chains, so that latency does not bind at one row
+        for (int r = 0; r < R; ++r) {
+            acc[0][r] = i_set1(x.correction[s * x.num_rows + first + r]);
+            acc[1][r] = i_set1(0);
+        }
+        for (const int end = std::min(shape.num_pieces, p + kSpanPieces); p < end; ++p, w += 1024, chunk += stride)
+            for (int c = 0; c < 16; c += 2) {
+                prefetch(w + 3072 + c * 64);
+                prefetch(w + 3072 + c * 64 + 64);
+                const B64 even = b_load(w + c * 64), odd = b_load(w + c * 64 + 64);
+                for (int r = 0; r < R; ++r) acc[0][r] = dot4(acc[0][r], even, word_at(chunk + r * 64 + c * 4));
+                for (int r = 0; r < R; ++r) acc[1][r] = dot4(acc[1][r], odd, word_at(chunk + r * 64 + c * 4 + 4));
+            }
+        const F16 factor = f_from_bf16(scale + s * 32);
+        for (int r = 0; r < R; ++r)
+            sum[r] = f_fma(f_from_i(i_add(acc[0][r], acc[1][r])), f_mul(factor, f_set1(x.scales[s * x.num_rows + first + r])), sum[r]);
+    }
+    for (int r = 0; r < R; ++r) out[r] = sum[r];
+}
+
+#if !defined(FG_AMX)
+#if defined(FG_AVX512)
+static inline F16 bf16_dot(F16 acc, const uint8_t* w, int32_t pair) {
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair))};
+}
+#else
+static inline F16 bf16_dot(F16 acc, const uint8_t* w, int32_t pair) {
+    uint16_t even[16], odd[16];
+    for (int i = 0; i < 16; ++i) {
+        memcpy(&even[i], w + 4 * i, 2);
+        memcpy(&odd[i], w + 4 * i + 2, 2);
+    }
+    acc = f_fma(f_from_bf16(even), f_set1(from_bf16((uint16_t)pair)), acc);
+    return f_fma(f_from_bf16(odd), f_set1(from_bf16((uint16_t)((uint32_t)pair >> 16))), acc);
+}
+#endif
+
+// Two chains a row, even and odd vectors, added at the end, so that latency does not bind at one row.
+template <int R>
+static inline void product_bf16(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
+    const size_t stride = (size_t)x.num_rows * 64;
+    const uint8_t* chunk = x.chunks + first * 64;
+    F16 even[R], odd[R];
+    for (int r = 0; r < R; ++r) even[r] = odd[r] = f_zero();
+    for (int i = 0; i < shape.num_chunks(); ++i, w += 1024, chunk += stride)
+        for (int v = 0; v < 16; v += 2) {
+            prefetch(w + 4096 + v * 64);
+            prefetch(w + 4096 + v * 64 + 64);
+            for (int r = 0; r < R; ++r) even[r] = bf16_dot(even[r], w + v * 64, word_at(chunk + r * 64 + v * 4));
+            for (int r = 0; r < R; ++r) odd[r] = bf16_dot(odd[r], w + v * 64 + 64, word_at(chunk + r * 64 + v * 4 + 4));
+        }
+    for (int r = 0; r < R; ++r) out[r] = f_add(even[r], odd[r]);
+}
+#endif
+
+template <int R>
+static inline void product_float32(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
+    const size_t stride = (size_t)x.num_rows * 64;
+    const uint8_t* chunk = x.chunks + first * 64;
+    F16 even[R], odd[R];
+    for (int r = 0; r < R; ++r) even[r] = odd[r] = f_zero();
+    for (int i = 0; i < shape.num_chunks(); ++i, w += 1024, chunk += stride)
+        for (int k = 0; k < 16; k += 2) {
+            prefetch(w + 4096 + k * 64);
+            prefetch(w + 4096 + k * 64 + 64);
+            const F16 even_w = f_load((const float*)(w + k * 64)), odd_w = f_load((const float*)(w + k * 64 + 64));
+            for (int r = 0; r < R; ++r) even[r] = f_fma(even_w, f_set1(((const float*)(chunk + r * 64))[k]), even[r]);
+            for (int r = 0; r < R; ++r) odd[r] = f_fma(odd_w, f_set1(((const float*)(chunk + r * 64))[k + 1]), odd[r]);
+        }
+    for (int r = 0; r < R; ++r) out[r] = f_add(even[r], odd[r]);
+}
+
+// Calls body with a number of rows of 1..Max as a compile-time constant.
+template <int Max, class F>
+static inline void with_rows(int num_rows, F&& body) {
+    if constexpr (Max > 1) {
+        if (num_rows < Max) return with_rows<Max - 1>(num_rows, body);
+    }
+    body(std::integral_constant<int, Max>());
+}
+
+// ---- any number of rows ---------------------------------------------------------------------------------------------
+
+// A run of at most 16 rows. `at`: where its tile begins in the tile memory, in bytes.
+struct RowSpan {
+    int first, num_rows;
+    size_t at;
+};
+// Results of product(): for the run whose rows begin at first_row, block b, row r: 16 floats at
+// values + (first_row * kPair + b * num_rows + r) * kLanes.
+static inline float* values_at(float* values, int first_row, int num_rows, int block, int row) {
+    return values + ((size_t)first_row * kPair + (size_t)block * num_rows + row) * kLanes;
+}
+
+// The bytes u * step + base of one span of an int4 block, as an int8 block has them: [pieces, 16, 64].
+static inline void expand_int4(const uint8_t* w, int num_pieces, uint8_t* out) {
+    for (int p = 0; p < num_pieces; ++p, w += 576, out += 1024) {
+        for (int i = 0; i < 9; ++i) prefetch(w + 4 * 576 + i * 64);
+        const I16 bases = i_pairs_from_u8(w + 544);
+        for (int g = 0; g < 2; ++g) {
+            const I16 step = i_spread2(i_from_u8(w + 512 + g * 16));
+            const I16 base = i_spread4(g ? i_high_of_pairs(bases) : i_low_of_pairs(bases));
+            for (int c = 0; c < 4; ++c) {
+                const B64 both = b_load(w + g * 256 + c * 64);
+                b_store(out + g * 512 + c * 128, b_affine(b_low(both), step, base));
+                b_store(out + g * 512 + c * 128 + 64, b_affine(b_high(both), step, base));
+            }
+        }
+    }
+}
+
+// Adds one span of inputs to the sums of R rows from `first` on: sums [R, 16].
+template <int R>
+static inline void add_span(const uint8_t* w, int span, int num_pieces, F16 factor, const Tile& x, int first, float* sums) {
+    const size_t stride = (size_t)x.num_rows * 64;
+    const uint8_t* chunk = x.chunks + span * kSpanPieces * stride + first * 64;
+    I16 acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = i_set1(x.correction[span * x.num_rows + first + r]);
+    for (int p = 0; p < num_pieces; ++p, w += 1024, chunk += stride)
+        for (int c = 0; c < 16; ++c) {
+            const B64 weights = b_load(w + c * 64);
+            for (int r = 0; r < R; ++r) acc[r] = dot4(acc[r], weights, word_at(chunk + r * 64 + c * 4));
+        }
+    for (int r = 0; r < R; ++r) {
+        const F16 scaled = f_mul(factor, f_set1(x.scales[span * x.num_rows + first + r]));
+        f_store(sums + r * kLanes, f_fma(f_from_i(acc[r]), scaled, f_load(sums + r * kLanes)));
+    }
+}
+
+#if defined(FG_AMX)
+#include "amx.inl"
+#endif
+
+// Span by span over all rows, so that a span's weights are expanded once and stay in the L1 cache for all of them.
+static void product_by_spans(const Shape& shape, const uint8_t* const* w, int num_blocks, const RowSpan* runs, int num_runs,
+                             uint8_t* memory, float* values) {
+    alignas(64) uint8_t expanded[kPair][kSpanPieces * 1024];
+    const int begin = runs[0].first, end = runs[num_runs - 1].first + runs[num_runs - 1].num_rows;
+    memset(values, 0, (size_t)(end - begin) * kPair * kLanes * sizeof(float));
+    for (int s = 0; s < shape.num_spans; ++s) {
+        const int num_pieces = std::min(kSpanPieces, shape.num_pieces - s * kSpanPieces);
+        const uint8_t* weights[kPair];
+        F16 factors[kPair];
+        for (int b = 0; b < num_blocks; ++b) {
+            weights[b] = w[b] + (size_t)s * kSpanPieces * shape.piece_nbytes;
+            if (shape.format == kInt4) {
+                expand_int4(weights[b], num_pieces, expanded[b]);
+                weights[b] = expanded[b];
+            }
+            factors[b] = f_from_bf16(shape.scales(w[b]) + s * 32);
+        }
+#if defined(FG_AMX)
+        amx_add_span(shape, weights, num_blocks, s, num_pieces, factors, runs, num_runs, memory, values);
+#else
+        for (int t = 0; t < num_runs; ++t) {
+            const int num_rows = runs[t].num_rows;
+            const Tile x(shape, memory + runs[t].at, num_rows);
+            for (int b = 0; b < num_blocks; ++b)
+                for (int r = 0; r < num_rows; r += kManyRows)
+                    with_rows<kManyRows>(num_rows - r, [&](auto rows) {
+                        float* sums = values_at(values, runs[t].first - begin, num_rows, b, r);
+                        add_span<decltype(rows)::value>(weights[b], s, num_pieces, factors[b], x, r, sums);
+                    });
+        }
+#endif
+    }
+}
+
+// Rows from which on going span by span pays.
+static inline int by_spans_from(int format) {
+#if defined(FG_AMX)
+    return format == kInt4 ? 4 : 3;
+#else
+    return format == kInt4 ? 2 * kFewRows : kFewRows + 1;
+#endif
+}
+
+// Products of one or two blocks w with all rows of the runs, to `values`: see values_at.
+static void product(const Shape& shape, const uint8_t* const* w, int num_blocks, const RowSpan* runs, int num_runs,
+                    uint8_t* memory, float* values) {
+    if (num_runs == 0) return;
+    const int begin = runs[0].first, end = runs[num_runs - 1].first + runs[num_runs - 1].num_rows;
+    if (is_integer(shape.format) && end - begin >= by_spans_from(shape.format))
+        return product_by_spans(shape, w, num_blocks, runs, num_runs, memory, values);
+#if defined(FG_AMX)
+    if (shape.format == kBf16) return amx_product_bf16(shape, w, num_blocks, runs, num_runs, memory, values);
+#endif
+    for (int b = 0; b < num_blocks; ++b)
+        for (int t = 0; t < num_runs; ++t) {
+            const int num_rows = runs[t].num_rows;
+            const Tile x(shape, memory + runs[t].at, num_rows);
+            for (int first = 0; first < num_rows; first += kFewRows)
+                with_rows<kFewRows>(num_rows - first, [&](auto rows) {
+                    constexpr int R = decltype(rows)::value;
+                    F16 out[R];
+                    switch (shape.format) {
+                        case kInt4: product_int4<R>(shape, w[b], x, first, out); break;
+                        case kInt8: product_int8<R>(shape, w[b], x, first, out); break;
+#if !defined(FG_AMX)
+                        case kBf16: product_bf16<R>(shape, w[b], x, first, out); break;
+#endif
+                        default: product_float32<R>(shape, w[b], x, first, out);
+                    }
+                    for (int r = 0; r < R; ++r) f_store(values_at(values, runs[t].first - begin, num_rows, b, first + r), out[r]);
+                });
+        }
+}
