@@ -36,6 +36,15 @@ class OfflineResult(msgspec.Struct, frozen=True, kw_only=True):
     stall: float  # share of a decode step in which compute waited for experts
 
 
+@dataclass(frozen=True, slots=True)
+class _TimedLinear:
+    linear: Linear
+    timed: Callable[..., Tensor]
+
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        return self.timed(x, add_to)
+
+
 class _TimedBackend:
     """Passes calls on and counts the seconds spent in them."""
 
@@ -43,12 +52,17 @@ class _TimedBackend:
         self._backend = backend
         self.name = backend.name
         self.seconds = 0.0
-        for name in ("rms_norm", "attend", "route", "expert_mlp", "combine", "swiglu"):
+        for name in ("rms_norm", "expert_mlp", "combine"):
             setattr(self, name, self._timed(getattr(backend, name)))
+        for name in ("make_attention", "make_router", "make_mlp"):
+            setattr(self, name, self._making_timed(getattr(backend, name)))
 
     def make_linear(self, weight: Tensor, bias: Tensor | None, format: str) -> Linear:
-        linear: Linear = self._timed(self._backend.make_linear(weight, bias, format))
-        return linear
+        linear = self._backend.make_linear(weight, bias, format)
+        return _TimedLinear(linear, self._timed(linear))
+
+    def _making_timed(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: self._timed(make(*(a.linear if isinstance(a, _TimedLinear) else a for a in args)))
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -15,13 +15,11 @@ from engine.checkpoint import Checkpoint
 from engine.config import CacheConfig, format_nbytes
 from engine.convert import Progress, ensure_packed, expert_layout
 from engine.errors import ConfigError
-from engine.layers.attention import Attention
-from engine.layers.mlp import DenseMLP
 from engine.layers.moe import ExpertArena, MoELayer
 from engine.layers.rotary import rotary_tables
-from engine.models.decoder import Decoder, DecoderLayer
+from engine.models.decoder import Decoder, DecoderLayer, DenseFeedForward, FeedForward
 from engine.models.spec import MoeSpec
-from kernels.backend import AttentionShape, Backend, Linear
+from kernels.backend import AttentionKernel, AttentionShape, Backend, Linear, MlpKernel
 
 _log = logging.getLogger(__name__)
 
@@ -77,18 +75,17 @@ class _DenseLoader:
     def layer(self, layer: int, experts: ExpertArena | None) -> DecoderLayer:
         spec, prefix = self._spec, f"model.layers.{layer}"
         moe = spec.moe
-        feed_forward: MoELayer | DenseMLP
+        attention = self._attention(
+            f"{prefix}.self_attn", self.tensor(f"{prefix}.input_layernorm.weight", spec.hidden_size)
+        )
+        norm = self.tensor(f"{prefix}.post_attention_layernorm.weight", spec.hidden_size)
+        feed_forward: FeedForward
         if moe is not None and layer in moe.layers:
             assert experts is not None
-            feed_forward = self._moe(layer, moe, experts)
+            feed_forward = self._moe(layer, moe, norm, experts)
         else:
-            feed_forward = self._mlp(spec.dense_mlp.format(layer=layer), "intermediate_size")
-        return DecoderLayer(
-            attention_norm=self.tensor(f"{prefix}.input_layernorm.weight", spec.hidden_size),
-            attention=self._attention(f"{prefix}.self_attn"),
-            feed_forward_norm=self.tensor(f"{prefix}.post_attention_layernorm.weight", spec.hidden_size),
-            feed_forward=feed_forward,
-        )
+            feed_forward = DenseFeedForward(self._mlp(spec.dense_mlp.format(layer=layer), "intermediate_size", norm))
+        return DecoderLayer(attention, feed_forward)
 
     def _linear(self, parts: list[tuple[str, int]], num_inputs: int, *, bias: bool = False) -> Linear:
         """The named matrices below one another as one."""
@@ -96,7 +93,7 @@ class _DenseLoader:
         biases = torch.cat([self.tensor(f"{name}.bias", size) for name, size in parts]) if bias else None
         return self._backend.make_linear(weight, biases, self._format)
 
-    def _attention(self, prefix: str) -> Attention:
+    def _attention(self, prefix: str, norm: Tensor) -> AttentionKernel:
         spec = self._spec
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         norm_sizes = {"none": None, "head": (spec.head_dim, spec.head_dim), "full": (q_size, kv_size)}[spec.qk_norm]
@@ -115,22 +112,24 @@ class _DenseLoader:
         parts = [(f"{prefix}.q_proj", q_size), (f"{prefix}.k_proj", kv_size), (f"{prefix}.v_proj", kv_size)]
         qkv = self._linear(parts, spec.hidden_size, bias=spec.attention_bias)
         output = self._linear([(f"{prefix}.o_proj", spec.hidden_size)], q_size, bias=spec.attention_bias)
-        return Attention(self._backend, shape, qkv, output)
+        return self._backend.make_attention(shape, norm, qkv, output)
 
-    def _mlp(self, prefix: str, size_field: str) -> DenseMLP:
+    def _mlp(self, prefix: str, size_field: str, norm: Tensor | None) -> MlpKernel:
         size, hidden_size = int(self._checkpoint.config[size_field]), self._spec.hidden_size
         gate_up = self._linear([(f"{prefix}.gate_proj", size), (f"{prefix}.up_proj", size)], hidden_size)
-        return DenseMLP(self._backend, gate_up, self._linear([(f"{prefix}.down_proj", hidden_size)], size))
+        down = self._linear([(f"{prefix}.down_proj", hidden_size)], size)
+        return self._backend.make_mlp(norm, self._spec.rms_norm_eps, gate_up, down)
 
-    def _moe(self, layer: int, moe: MoeSpec, experts: ExpertArena) -> MoELayer:
+    def _moe(self, layer: int, moe: MoeSpec, norm: Tensor, experts: ExpertArena) -> MoELayer:
         name = moe.router.format(layer=layer)
         weight = self.tensor(f"{name}.weight", moe.num_experts, self._spec.hidden_size)
         bias = self.tensor(f"{name}.bias", moe.num_experts) if moe.router_bias else None
         shared = None
         if moe.shared_mlp is not None:
-            shared = self._mlp(moe.shared_mlp.format(layer=layer), "shared_expert_intermediate_size")
-        router = self._backend.make_linear(weight, bias, "float32")
-        return MoELayer(layer, self._backend, router, moe.routing, moe.num_active, experts, shared)
+            shared = self._mlp(moe.shared_mlp.format(layer=layer), "shared_expert_intermediate_size", None)
+        linear = self._backend.make_linear(weight, bias, "float32")
+        router = self._backend.make_router(norm, self._spec.rms_norm_eps, linear, moe.num_active, moe.routing)
+        return MoELayer(layer, moe.num_experts, self._backend, router, experts, shared)
 
 
 def open_experts(

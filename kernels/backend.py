@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from kernels.quant.layout import RecordLayout
@@ -43,6 +45,7 @@ class Sequences:
     context: Tensor  # [S]
     block_begin: Tensor  # [S + 1]
     blocks: Tensor
+    native: Any = None  # what the native backend made of it, once for all layers
 
 
 @dataclass(slots=True)
@@ -55,6 +58,14 @@ class Routing:
     row_begin: Tensor  # int32 [experts + 1] into positions
     positions: Tensor  # int32 [T * k]
 
+    @classmethod
+    def of(cls, ids: Tensor, weights: Tensor) -> Routing:
+        """Group the positions by expert."""
+        flat = ids.flatten()
+        order = flat.argsort(stable=True)
+        experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
+        return cls(ids, weights, experts.tolist(), F.pad(counts.cumsum(0), (1, 0)).int(), order.int())
+
     def tokens_of(self, expert: int) -> list[int]:
         """The rows that are routed to an expert."""
         i = self.experts.index(expert)
@@ -63,11 +74,50 @@ class Routing:
         return tokens
 
 
+class Records:
+    """The memory that experts' records lie in: a record of `layout` in each slot."""
+
+    def __init__(self, layout: RecordLayout, slots: Sequence[Tensor]) -> None:
+        """`slots` are uint8; raises `ValueError` if one is too short for a record."""
+        if any(slot.numel() < layout.nbytes for slot in slots):
+            raise ValueError("a slot is shorter than a record")
+        self.layout = layout
+        self.slots = slots
+        self.addresses = [slot.data_ptr() for slot in slots]
+
+
 class Linear(Protocol):
     """A matrix made ready for products."""
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """x float32 [n, K] -> [n, N], added in place to `add_to` [n, N] where that is given."""
+        ...
+
+
+class AttentionKernel(Protocol):
+    """Norm, projections, rotation, attention over the paged cache, and output of one layer."""
+
+    def __call__(self, residual: Tensor, keys: Tensor, values: Tensor, sequences: Sequences) -> None:
+        """Adds to residual [T, H]; the new tokens' keys and values are written to the cache.
+
+        keys [blocks, kv_heads, D, 16], values [blocks, kv_heads, 16, D]; qkv's rows are q, k, v one below another.
+        """
+        ...
+
+
+class RouterKernel(Protocol):
+    """Norm, router, and the choice of experts of one layer."""
+
+    def __call__(self, residual: Tensor) -> tuple[Tensor, Routing]:
+        """residual [T, H] -> its norm x [T, H], and where each row goes."""
+        ...
+
+
+class MlpKernel(Protocol):
+    """A dense SwiGLU layer."""
+
+    def __call__(self, x: Tensor, residual: Tensor) -> None:
+        """Adds the layer's output for x [T, H], normed first if the layer has a norm, to residual [T, H]."""
         ...
 
 
@@ -80,28 +130,38 @@ class Backend(Protocol):
         """Pack a weight [N, K] in the given format."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-
-    def attend(self, shape: AttentionShape, qkv: Tensor, keys: Tensor, values: Tensor, sequences: Sequences) -> Tensor:
-        """qkv [T, (heads + 2 kv_heads) * D] -> [T, heads * D]; the new keys and values go to the paged cache first."""
+    def make_attention(self, shape: AttentionShape, norm: Tensor, qkv: Linear, output: Linear) -> AttentionKernel:
+        """norm [H], qkv [(heads + 2 kv_heads) * D, H], output [H, heads * D], both made by this backend."""
         ...
 
-    def route(self, logits: Tensor, num_active: int, routing: str) -> Routing: ...
+    def make_router(self, norm: Tensor, eps: float, router: Linear, num_active: int, routing: str) -> RouterKernel:
+        """norm [H], router [E, H] made by this backend; `routing` as in `reference.route`."""
+        ...
+
+    def make_mlp(self, norm: Tensor | None, eps: float, gate_up: Linear, down: Linear) -> MlpKernel:
+        """norm [H] or None, gate_up [2 I, H] with gate above up, down [H, I], both made by this backend."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
     def expert_mlp(
-        self, x: Tensor, routing: Routing, experts: Sequence[tuple[int, Tensor]], layout: RecordLayout, out: Tensor
+        self,
+        x: Tensor,
+        routing: Routing,
+        records: Records,
+        ready: Sequence[tuple[int, int]],
+        outputs: Tensor,
+        add_to: Tensor | None = None,
     ) -> None:
-        """Compute the given (expert id, record) for the tokens routed to them, from where the records lie; each
-        (token, rank) product is written to its own row of out [T * k, H], for `combine`.
+        """Compute the `ready` (expert, slot) for the tokens routed to them, from where the records lie.
+
+        Each (token, rank) product is written to its own row of outputs [T * k, H], for `combine`; which is done at
+        once where `add_to` [T, H] is given: then `ready` must be all that was missing.
         """
         ...
 
     def combine(self, outputs: Tensor, weights: Tensor, add_to: Tensor) -> None:
         """outputs [T * k, H] in routing order times weights [T, k], added to add_to [T, H]."""
-        ...
-
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        """gate_up [T, 2 I] -> silu(gate) * up [T, I]."""
         ...
 
 

@@ -19,6 +19,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from kernels.backend import Records, Routing
 from kernels.cpu.native import NativeBackend
 from kernels.quant.formats import FORMATS, ExpertWeights
 
@@ -68,20 +69,20 @@ def expert_contender(
     num_records = max(active, min(256, WORKING_SET_NBYTES // layout.nbytes))
     memory = torch.zeros(num_records * layout.nbytes + 4096, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % 4096 :]
-    records = list(memory[: num_records * layout.nbytes].view(num_records, -1))
+    slots = list(memory[: num_records * layout.nbytes].view(num_records, -1))
+    records = Records(layout, slots)
     gate, up, down = (torch.randn(shape) * 0.02 for shape in ((inner, hidden), (inner, hidden), (hidden, inner)))
-    FORMATS[format].pack(ExpertWeights(gate, up, down), records[0])
-    for record in records[1:]:
-        record.copy_(records[0])
+    FORMATS[format].pack(ExpertWeights(gate, up, down), slots[0])
+    for slot in slots[1:]:
+        slot.copy_(slots[0])
     x = torch.randn(rows, hidden)
-    logits = torch.zeros(rows, active)  # as many experts as are active: each has all the rows
-    routing = backend.route(logits, active, "softmax")
+    ids = torch.arange(active, dtype=torch.int32).expand(rows, active).contiguous()  # each expert has all the rows
+    routing = Routing.of(ids, torch.ones(rows, active))
     out = torch.empty(rows * active, hidden)
     groups = cycle([list(range(i, i + active)) for i in range(0, num_records - active + 1, active)])
 
     def run() -> None:
-        ready = [(expert, records[at]) for expert, at in enumerate(next(groups))]
-        backend.expert_mlp(x, routing, ready, layout, out)
+        backend.expert_mlp(x, routing, records, list(enumerate(next(groups))), out)
 
     products = 3 * hidden * inner * active
     weights_nbytes = sum(section.nbytes for section in layout.sections) * active

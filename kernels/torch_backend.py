@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from kernels import reference
-from kernels.backend import AttentionShape, Linear, Routing, Sequences
+from kernels.backend import (
+    AttentionKernel,
+    AttentionShape,
+    Linear,
+    MlpKernel,
+    Records,
+    RouterKernel,
+    Routing,
+    Sequences,
+)
 from kernels.quant.blocked import pack_matrix, unpack_matrix
 from kernels.quant.formats import FORMATS
-from kernels.quant.layout import RecordLayout
 
 
 class _Linear:
@@ -34,50 +41,64 @@ class TorchBackend:
     def make_linear(self, weight: Tensor, bias: Tensor | None, format: str) -> Linear:
         return _Linear(weight, bias, format)
 
+    def make_attention(self, shape: AttentionShape, norm: Tensor, qkv: Linear, output: Linear) -> AttentionKernel:
+        def attention(residual: Tensor, keys: Tensor, values: Tensor, sequences: Sequences) -> None:
+            x = reference.rms_norm(residual, norm, shape.eps)
+            query, key, value = _heads(shape, qkv(x))
+            at = sequences.positions.long()
+            cos, sin = shape.cos[at], shape.sin[at]
+            reference.append_kv(keys, values, reference.rope(key, cos, sin), value, sequences.slots)
+            attended = reference.paged_attention(
+                reference.rope(query, cos, sin),
+                keys,
+                values,
+                sequences.row_begin.tolist(),
+                sequences.context.tolist(),
+                list(sequences.blocks.split(sequences.block_begin.diff().tolist())),
+                shape.head_dim**-0.5,
+            )
+            output(attended.flatten(1), add_to=residual)
+
+        return attention
+
+    def make_router(self, norm: Tensor, eps: float, router: Linear, num_active: int, routing: str) -> RouterKernel:
+        def route(residual: Tensor) -> tuple[Tensor, Routing]:
+            x = reference.rms_norm(residual, norm, eps)
+            return x, Routing.of(*reference.route(router(x), num_active, routing))
+
+        return route
+
+    def make_mlp(self, norm: Tensor | None, eps: float, gate_up: Linear, down: Linear) -> MlpKernel:
+        def mlp(x: Tensor, residual: Tensor) -> None:
+            gate, up = gate_up(x if norm is None else reference.rms_norm(x, norm, eps)).chunk(2, dim=-1)
+            down(F.silu(gate) * up, add_to=residual)
+
+        return mlp
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return reference.rms_norm(x, weight, eps)
 
-    def attend(self, shape: AttentionShape, qkv: Tensor, keys: Tensor, values: Tensor, sequences: Sequences) -> Tensor:
-        query, key, value = _heads(shape, qkv)
-        at = sequences.positions.long()
-        cos, sin = shape.cos[at], shape.sin[at]
-        reference.append_kv(keys, values, reference.rope(key, cos, sin), value, sequences.slots)
-        blocks = sequences.blocks.split(sequences.block_begin.diff().tolist())
-        out = reference.paged_attention(
-            reference.rope(query, cos, sin),
-            keys,
-            values,
-            sequences.row_begin.tolist(),
-            sequences.context.tolist(),
-            list(blocks),
-            shape.head_dim**-0.5,
-        )
-        return out.flatten(1)
-
-    def route(self, logits: Tensor, num_active: int, routing: str) -> Routing:
-        ids, weights = reference.route(logits, num_active, routing)
-        flat = ids.flatten()
-        order = flat.argsort(stable=True)
-        experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
-        row_begin = F.pad(counts.cumsum(0), (1, 0)).int()
-        return Routing(ids, weights, experts.tolist(), row_begin, order.int())
-
     def expert_mlp(
-        self, x: Tensor, routing: Routing, experts: Sequence[tuple[int, Tensor]], layout: RecordLayout, out: Tensor
+        self,
+        x: Tensor,
+        routing: Routing,
+        records: Records,
+        ready: Sequence[tuple[int, int]],
+        outputs: Tensor,
+        add_to: Tensor | None = None,
     ) -> None:
+        layout = records.layout
         index = {expert: i for i, expert in enumerate(routing.experts)}
         begin = routing.row_begin.tolist()
-        for expert, record in experts:
+        for expert, slot in ready:
             at = routing.positions[begin[index[expert]] : begin[index[expert] + 1]].long()
-            weights = FORMATS[layout.format].unpack(record, layout)
-            out[at] = reference.swiglu(x[at // routing.ids.shape[1]], *weights, layout.format)
+            weights = FORMATS[layout.format].unpack(records.slots[slot], layout)
+            outputs[at] = reference.swiglu(x[at // routing.ids.shape[1]], *weights, layout.format)
+        if add_to is not None:
+            self.combine(outputs, routing.weights, add_to)
 
     def combine(self, outputs: Tensor, weights: Tensor, add_to: Tensor) -> None:
         add_to += reference.combine(outputs.view(*weights.shape, -1), weights)
-
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
 
 
 def _heads(shape: AttentionShape, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

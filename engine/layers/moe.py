@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,7 @@ from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from engine.batch import Batch
-from engine.layers.mlp import DenseMLP
-from engine.models.spec import Routing
-from kernels.backend import Backend, Linear
+from kernels.backend import Backend, MlpKernel, Records, RouterKernel
 from kernels.quant.layout import RecordLayout
 
 
@@ -26,16 +22,14 @@ class ExpertFailure(RuntimeError):
 
 
 class ExpertArena:
-    """The experts' side of a model: the cache, its slots as tensors, and what their bytes mean."""
+    """The experts' side of a model: the cache, and the records in its slots."""
 
     def __init__(self, cache: ExpertCache, arena: memoryview, num_slots: int, layout: RecordLayout) -> None:
         """`arena` are the bytes of all slots, one after the other."""
         self.cache = cache
-        self.layout = layout
-        self.records = list(torch.frombuffer(arena, dtype=torch.uint8).view(num_slots, -1))
+        self.records = Records(layout, list(torch.frombuffer(arena, dtype=torch.uint8).view(num_slots, -1)))
 
 
-@dataclass(slots=True)
 class MoELayer:
     """Experts of one layer, and a shared one where the family has it.
 
@@ -43,27 +37,38 @@ class MoELayer:
     (token, expert) product is kept apart until all are added in routing order.
     """
 
-    layer: int
-    backend: Backend
-    router: Linear  # float32 [E, H]
-    routing: Routing
-    num_active: int
-    experts: ExpertArena
-    shared: DenseMLP | None
+    def __init__(
+        self,
+        layer: int,
+        num_experts: int,
+        backend: Backend,
+        router: RouterKernel,
+        experts: ExpertArena,
+        shared: MlpKernel | None,
+    ) -> None:
+        """`shared` takes rows that are normed already."""
+        self._keys = [ExpertKey(layer, expert) for expert in range(num_experts)]
+        self._backend = backend
+        self._router = router
+        self._experts = experts
+        self._shared = shared
 
-    def __call__(self, x: Tensor, batch: Batch, residual: Tensor) -> None:
-        """x [T, H], normed; adds to residual [T, H]; raises `ExpertFailure`, and the step is then void."""
-        routing = self.backend.route(self.router(x), self.num_active, self.routing)
-        keys = [ExpertKey(self.layer, expert) for expert in routing.experts]
-        outputs = x.new_empty(x.shape[0] * self.num_active, x.shape[1])
-        experts = self.experts
+    def __call__(self, residual: Tensor, batch: Batch) -> None:
+        """Adds to residual [T, H]; raises `ExpertFailure`, and the step is then void."""
+        x, routing = self._router(residual)
+        keys = [self._keys[expert] for expert in routing.experts]
+        outputs = torch.empty(routing.ids.numel(), x.shape[1])
+        backend, records = self._backend, self._experts.records
+        at_once = False
         try:
-            with experts.cache.acquire(keys, batch.phase) as lease:
-                for ready in lease.batches():
-                    records = [(key.expert, experts.records[slot]) for key, slot in ready]
-                    self.backend.expert_mlp(x, routing, records, experts.layout, outputs)
+            with self._experts.cache.acquire(keys, batch.phase) as lease:
+                for found in lease.batches():
+                    ready = [(key.expert, slot) for key, slot in found]
+                    at_once = len(ready) == len(keys)
+                    backend.expert_mlp(x, routing, records, ready, outputs, add_to=residual if at_once else None)
         except ExpertReadError as error:
             raise ExpertFailure(routing.tokens_of(error.key.expert), error) from error
-        self.backend.combine(outputs, routing.weights, add_to=residual)
-        if self.shared is not None:
-            self.shared(x, batch, residual)
+        if not at_once:
+            backend.combine(outputs, routing.weights, add_to=residual)
+        if self._shared is not None:
+            self._shared(x, residual)

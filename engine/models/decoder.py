@@ -10,23 +10,30 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.kv_cache import KVCache
-from engine.layers.attention import Attention
-from kernels.backend import Backend, Linear
+from kernels.backend import AttentionKernel, Backend, Linear, MlpKernel
 
 
 class FeedForward(Protocol):
-    """What follows attention in a layer: x [T, H], normed; adds to residual [T, H]."""
+    """What follows attention in a layer, its norm included; adds to residual [T, H]."""
 
-    def __call__(self, x: Tensor, batch: Batch, residual: Tensor) -> None: ...
+    def __call__(self, residual: Tensor, batch: Batch) -> None: ...
+
+
+@dataclass(slots=True)
+class DenseFeedForward:
+    """A layer without experts."""
+
+    mlp: MlpKernel
+
+    def __call__(self, residual: Tensor, batch: Batch) -> None:
+        self.mlp(residual, residual)
 
 
 @dataclass(slots=True)
 class DecoderLayer:
-    """Pre-norm attention and feed-forward, each added to the residual stream. Norms float32 [H]."""
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    attention_norm: Tensor
-    attention: Attention
-    feed_forward_norm: Tensor
+    attention: AttentionKernel
     feed_forward: FeedForward
 
 
@@ -44,10 +51,10 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         """-> float32 logits [len(batch.logit_rows), V]."""
-        norm, eps = self.backend.rms_norm, self.eps
         residual = self.embedding[batch.token_ids].float()
         for i, layer in enumerate(self.layers):
-            layer.attention(norm(residual, layer.attention_norm, eps), batch, kv_cache[i], residual)
-            layer.feed_forward(norm(residual, layer.feed_forward_norm, eps), batch, residual)
+            keys, values = kv_cache[i]
+            layer.attention(residual, keys, values, batch.sequences)
+            layer.feed_forward(residual, batch)
         wanted = residual if batch.logit_rows is None else residual[batch.logit_rows]
-        return self.lm_head(norm(wanted, self.norm, eps))
+        return self.lm_head(self.backend.rms_norm(wanted, self.norm, self.eps))

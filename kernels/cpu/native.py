@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from ctypes import c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
@@ -11,14 +12,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.backend import AttentionShape, Linear, Routing, Sequences
+from kernels.backend import (
+    AttentionKernel,
+    AttentionShape,
+    Linear,
+    MlpKernel,
+    Records,
+    RouterKernel,
+    Routing,
+    Sequences,
+)
 from kernels.quant.blocked import pack_matrix
-from kernels.quant.layout import RecordLayout
 
 _FORMATS = {"float32": 0, "bf16": 1, "int8": 2, "int4": 3}
 _ROUTINGS = {"softmax": 0, "softmax_renormalised": 1, "unweighted": 2}
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
 _LIBRARY = Path(__file__).parent / "libforegate.so"
+
+
+class _Routing(ctypes.Structure):
+    _fields_ = (("num_experts", c_int), ("experts", c_void_p), ("row_begin", c_void_p), ("positions", c_void_p))
 
 
 class _ExpertCall(ctypes.Structure):
@@ -29,11 +42,10 @@ class _ExpertCall(ctypes.Structure):
         ("x", c_void_p),
         ("num_tokens", c_int),
         ("num_active", c_int),
-        ("num_experts", c_int),
+        ("routing", _Routing),
+        ("num_ready", c_int),
+        ("ready", c_void_p),
         ("records", c_void_p),
-        ("row_begin", c_void_p),
-        ("row_end", c_void_p),
-        ("positions", c_void_p),
         ("out", c_void_p),
     )
 
@@ -96,6 +108,45 @@ class _QkvCall(ctypes.Structure):
     )
 
 
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("num_rows", c_int),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("num_seqs", c_int),
+        ("row_begin", c_void_p),
+        ("context", c_void_p),
+        ("block_begin", c_void_p),
+        ("blocks", c_void_p),
+    )
+
+
+class _AttentionLayer(ctypes.Structure):
+    _fields_ = (
+        ("hidden_size", c_int),
+        ("eps", c_float),
+        ("norm", c_void_p),
+        ("qkv", _LinearCall),
+        ("output", _LinearCall),
+        ("prepare", _QkvCall),
+        ("attention", _AttentionCall),
+    )
+
+
+class _RouterLayer(ctypes.Structure):
+    _fields_ = (
+        ("eps", c_float),
+        ("norm", c_void_p),
+        ("router", _LinearCall),
+        ("num_active", c_int),
+        ("mode", c_int),
+    )
+
+
+class _MlpLayer(ctypes.Structure):
+    _fields_ = (("eps", c_float), ("norm", c_void_p), ("gate_up", _LinearCall), ("down", _LinearCall))
+
+
 @cache
 def _load() -> ctypes.CDLL:
     if not _LIBRARY.exists():
@@ -103,16 +154,15 @@ def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_LIBRARY))
     library.foregate_start.argtypes = (c_int, c_char_p)
     library.foregate_isa.restype = c_char_p
-    for name in ("expert_mlp", "linear", "prepare_qkv", "attention"):
-        function = getattr(library, f"foregate_{name}")
-        function.argtypes, function.restype = (c_void_p,), None
+    library.foregate_linear.argtypes = (c_void_p,)
+    library.foregate_attention.argtypes = (c_void_p, c_void_p, c_void_p)
+    library.foregate_route.argtypes = (c_void_p, c_void_p, c_int, *[c_void_p] * 6)
+    library.foregate_mlp.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
+    library.foregate_expert_mlp.argtypes = (c_void_p, c_void_p, c_void_p)
     library.foregate_rms_norm.argtypes = (c_void_p, c_void_p, c_float, c_int, c_int, c_void_p)
-    library.foregate_rms_norm.restype = None
-    library.foregate_combine.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_int)
-    library.foregate_combine.restype = None
-    library.foregate_swiglu.argtypes = (c_void_p, c_int, c_int, c_void_p)
-    library.foregate_swiglu.restype = None
-    library.foregate_route.argtypes = (c_void_p, c_int, c_int, c_int, c_int, *[c_void_p] * 5)
+    library.foregate_combine.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p)
+    for name in ("linear", "attention", "mlp", "expert_mlp", "rms_norm", "combine"):
+        getattr(library, f"foregate_{name}").restype = None
     library.foregate_read.argtypes = (c_void_p, c_int64)
     library.foregate_read.restype = c_uint64
     return library
@@ -124,9 +174,9 @@ class NativeLinear:
     def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None, format: str) -> None:
         self.num_outputs, self.num_inputs = weight.shape
         self.packed = pack_matrix(format, weight)
-        self._bias = None if bias is None else _checked(bias.float().contiguous(), torch.float32)
+        self._bias = None if bias is None else bias.float().contiguous()
         self._run = library.foregate_linear
-        self._call = _LinearCall(
+        self.call = _LinearCall(
             format=_FORMATS[format],
             num_outputs=self.num_outputs,
             num_inputs=self.num_inputs,
@@ -144,11 +194,133 @@ class NativeLinear:
                 f"x {tuple(x.shape)} or out {tuple(out.shape)} does not fit a matrix of "
                 f"[{self.num_outputs}, {self.num_inputs}]"
             )
-        call = self._call
+        call = self.call
         call.x, call.x_stride, call.num_rows = x.data_ptr(), self.num_inputs, num_rows
         call.out, call.accumulate = out.data_ptr(), add_to is not None
         self._run(ctypes.addressof(call))
         return out
+
+
+class NativeAttention:
+    """One layer's attention in one call; see `kernels.backend.AttentionKernel`."""
+
+    def __init__(
+        self, library: ctypes.CDLL, shape: AttentionShape, norm: Tensor, qkv: NativeLinear, output: NativeLinear
+    ) -> None:
+        head_dim = shape.head_dim
+        if qkv.num_outputs != (shape.num_heads + 2 * shape.num_kv_heads) * head_dim or norm.shape != (qkv.num_inputs,):
+            raise ValueError(f"norm {tuple(norm.shape)} or a qkv of {qkv.num_outputs} rows does not fit {shape}")
+        if output.num_inputs != shape.num_heads * head_dim or output.num_outputs != qkv.num_inputs:
+            raise ValueError(f"output [{output.num_outputs}, {output.num_inputs}] does not fit {shape}")
+        self._run = library.foregate_attention
+        self._shape, self._norm, self._qkv, self._output = shape, norm, qkv, output  # keeps alive what is pointed to
+        self._layer = _AttentionLayer(
+            hidden_size=qkv.num_inputs,
+            eps=shape.eps,
+            norm=norm.data_ptr(),
+            qkv=qkv.call,
+            output=output.call,
+            prepare=_QkvCall(
+                num_heads=shape.num_heads,
+                num_kv_heads=shape.num_kv_heads,
+                head_dim=head_dim,
+                norm=_QK_NORMS[shape.qk_norm],
+                eps=shape.eps,
+                clip=shape.clip or 0.0,
+                q_norm=0 if shape.q_norm is None else shape.q_norm.data_ptr(),
+                k_norm=0 if shape.k_norm is None else shape.k_norm.data_ptr(),
+                cos=shape.cos.data_ptr(),
+                sin=shape.sin.data_ptr(),
+            ),
+            attention=_AttentionCall(
+                num_heads=shape.num_heads,
+                num_kv_heads=shape.num_kv_heads,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+            ),
+        )
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def __call__(self, residual: Tensor, keys: Tensor, values: Tensor, sequences: Sequences) -> None:
+        if keys is not self._keys or values is not self._values:
+            self._use_cache(keys, values)
+        if _checked(residual, torch.float32).shape != (len(sequences.positions), self._qkv.num_inputs):
+            raise ValueError(f"residual {tuple(residual.shape)} does not fit the sequences or the layer")
+        self._run(ctypes.addressof(self._layer), _step_of(sequences), residual.data_ptr())
+
+    def _use_cache(self, keys: Tensor, values: Tensor) -> None:
+        shape = self._shape
+        tail = (shape.num_kv_heads, shape.head_dim, 16)
+        if keys.shape[1:] != tail or values.shape != (len(keys), tail[0], 16, tail[1]) or keys.dtype != values.dtype:
+            raise ValueError(f"keys {tuple(keys.shape)} or values {tuple(values.shape)} does not fit {shape}")
+        for part in (self._layer.prepare, self._layer.attention):
+            part.kv_is_bf16 = int(keys.dtype == torch.bfloat16)
+            part.keys, part.values = keys.data_ptr(), values.data_ptr()
+        self._keys, self._values = keys, values
+
+
+class NativeRouter:
+    """One layer's norm and router in one call; see `kernels.backend.RouterKernel`."""
+
+    def __init__(
+        self, library: ctypes.CDLL, norm: Tensor, eps: float, router: NativeLinear, num_active: int, routing: str
+    ) -> None:
+        if norm.shape != (router.num_inputs,) or not 0 < num_active <= router.num_outputs:
+            raise ValueError(
+                f"norm {tuple(norm.shape)} or top-{num_active} does not fit a router of {router.num_outputs}"
+            )
+        self._run = library.foregate_route
+        self._norm, self._router, self._num_active = norm, router, num_active
+        self._layer = _RouterLayer(
+            eps=eps, norm=norm.data_ptr(), router=router.call, num_active=num_active, mode=_ROUTINGS[routing]
+        )
+
+    def __call__(self, residual: Tensor) -> tuple[Tensor, Routing]:
+        x = torch.empty_like(_checked(residual, torch.float32))
+        num_tokens, num_experts, num_active = residual.shape[0], self._router.num_outputs, self._num_active
+        if residual.shape[1] != self._router.num_inputs:
+            raise ValueError(
+                f"residual {tuple(residual.shape)} does not fit a router of {self._router.num_inputs} inputs"
+            )
+        num_positions = num_tokens * num_active
+        weights = torch.empty(num_tokens, num_active)
+        found = torch.empty(2 * num_positions + 2 * num_experts + 1, dtype=torch.int32)
+        ids, positions, experts, row_begin = found.split((num_positions, num_positions, num_experts, num_experts + 1))
+        num_found = self._run(
+            ctypes.addressof(self._layer),
+            residual.data_ptr(),
+            num_tokens,
+            x.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            experts.data_ptr(),
+            row_begin.data_ptr(),
+            positions.data_ptr(),
+        )
+        return x, Routing(ids.view(weights.shape), weights, experts.tolist()[:num_found], row_begin, positions)
+
+
+class NativeMlp:
+    """A dense SwiGLU layer in one call; see `kernels.backend.MlpKernel`."""
+
+    def __init__(
+        self, library: ctypes.CDLL, norm: Tensor | None, eps: float, gate_up: NativeLinear, down: NativeLinear
+    ) -> None:
+        if gate_up.num_outputs != 2 * down.num_inputs or gate_up.num_inputs != down.num_outputs:
+            raise ValueError(f"gate and up of {gate_up.num_outputs} rows do not fit down of {down.num_inputs} inputs")
+        self._run = library.foregate_mlp
+        self._norm, self._gate_up, self._down = norm, gate_up, down
+        self._layer = _MlpLayer(
+            eps=eps, norm=0 if norm is None else norm.data_ptr(), gate_up=gate_up.call, down=down.call
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor) -> None:
+        if _checked(x, torch.float32).shape != _checked(residual, torch.float32).shape:
+            raise ValueError(f"x {tuple(x.shape)} does not fit residual {tuple(residual.shape)}")
+        if x.shape[1] != self._gate_up.num_inputs:
+            raise ValueError(f"x {tuple(x.shape)} does not fit a layer of {self._gate_up.num_inputs} inputs")
+        self._run(ctypes.addressof(self._layer), x.data_ptr(), x.shape[0], residual.data_ptr())
 
 
 class NativeBackend:
@@ -157,7 +329,7 @@ class NativeBackend:
     name = "native"
 
     def __init__(self, num_threads: int, isa: str = "") -> None:
-        """`isa` is avx512, avx2 or portable; empty: the best here. Raises `RuntimeError` if it cannot be had."""
+        """`isa` is amx, avx512, avx2 or portable; empty: the best here. Raises `RuntimeError` if it cannot be had."""
         self._library = _load()
         if self._library.foregate_start(num_threads, isa.encode()) != 0:
             raise RuntimeError(f"this CPU cannot run the native kernels for {isa!r}")
@@ -166,6 +338,16 @@ class NativeBackend:
 
     def make_linear(self, weight: Tensor, bias: Tensor | None, format: str) -> Linear:
         return NativeLinear(self._library, weight, bias, format)
+
+    def make_attention(self, shape: AttentionShape, norm: Tensor, qkv: Linear, output: Linear) -> AttentionKernel:
+        return NativeAttention(self._library, shape, _weights(norm), _native(qkv), _native(output))
+
+    def make_router(self, norm: Tensor, eps: float, router: Linear, num_active: int, routing: str) -> RouterKernel:
+        return NativeRouter(self._library, _weights(norm), eps, _native(router), num_active, routing)
+
+    def make_mlp(self, norm: Tensor | None, eps: float, gate_up: Linear, down: Linear) -> MlpKernel:
+        norm = None if norm is None else _weights(norm)
+        return NativeMlp(self._library, norm, eps, _native(gate_up), _native(down))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(_checked(x, torch.float32))
@@ -176,109 +358,51 @@ class NativeBackend:
         self._library.foregate_rms_norm(x.data_ptr(), weight.data_ptr(), eps, num_rows, size, out.data_ptr())
         return out
 
-    def attend(self, shape: AttentionShape, qkv: Tensor, keys: Tensor, values: Tensor, sequences: Sequences) -> Tensor:
-        _checked(qkv, torch.float32)
-        num_rows, head_dim = qkv.shape[0], shape.head_dim
-        width = (shape.num_heads + 2 * shape.num_kv_heads) * head_dim
-        if qkv.shape[1] != width or keys.shape[1:] != (shape.num_kv_heads, head_dim, 16) or keys.dtype != values.dtype:
-            raise ValueError(f"qkv {tuple(qkv.shape)} or keys {tuple(keys.shape)} does not fit {shape}")
-        is_bf16 = int(keys.dtype == torch.bfloat16)
-        query = torch.empty(num_rows, shape.num_heads * head_dim)
-        out = torch.empty_like(query)
-        prepare = _QkvCall(
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=head_dim,
-            kv_is_bf16=is_bf16,
-            norm=_QK_NORMS[shape.qk_norm],
-            eps=shape.eps,
-            clip=shape.clip or 0.0,
-            q_norm=0 if shape.q_norm is None else shape.q_norm.data_ptr(),
-            k_norm=0 if shape.k_norm is None else shape.k_norm.data_ptr(),
-            cos=shape.cos.data_ptr(),
-            sin=shape.sin.data_ptr(),
-            qkv=qkv.data_ptr(),
-            num_rows=num_rows,
-            positions=sequences.positions.data_ptr(),
-            slots=sequences.slots.data_ptr(),
-            query=query.data_ptr(),
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
-        )
-        self._library.foregate_prepare_qkv(ctypes.addressof(prepare))
-        call = _AttentionCall(
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=head_dim,
-            kv_is_bf16=is_bf16,
-            scale=head_dim**-0.5,
-            query=query.data_ptr(),
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
-            num_seqs=len(sequences.context),
-            row_begin=sequences.row_begin.data_ptr(),
-            context=sequences.context.data_ptr(),
-            block_begin=sequences.block_begin.data_ptr(),
-            blocks=sequences.blocks.data_ptr(),
-            out=out.data_ptr(),
-        )
-        self._library.foregate_attention(ctypes.addressof(call))
-        return out
-
-    def route(self, logits: Tensor, num_active: int, routing: str) -> Routing:
-        _checked(logits, torch.float32)
-        num_tokens, num_experts = logits.shape
-        num_positions = num_tokens * num_active
-        ids, weights = torch.empty(num_tokens, num_active, dtype=torch.int32), torch.empty(num_tokens, num_active)
-        found = torch.empty(2 * num_experts + 1, dtype=torch.int32)
-        positions = torch.empty(num_positions, dtype=torch.int32)
-        experts, row_begin = found[:num_experts], found[num_experts:]
-        num_found = self._library.foregate_route(
-            logits.data_ptr(),
-            num_tokens,
-            num_experts,
-            num_active,
-            _ROUTINGS[routing],
-            ids.data_ptr(),
-            weights.data_ptr(),
-            experts.data_ptr(),
-            row_begin.data_ptr(),
-            positions.data_ptr(),
-        )
-        return Routing(ids, weights, experts[:num_found].tolist(), row_begin[: num_found + 1], positions)
-
     def expert_mlp(
-        self, x: Tensor, routing: Routing, experts: Sequence[tuple[int, Tensor]], layout: RecordLayout, out: Tensor
+        self,
+        x: Tensor,
+        routing: Routing,
+        records: Records,
+        ready: Sequence[tuple[int, int]],
+        outputs: Tensor,
+        add_to: Tensor | None = None,
     ) -> None:
-        _checked(x, torch.float32)
-        _checked(out, torch.float32)
+        layout, addresses = records.layout, records.addresses
         num_tokens, num_active = routing.ids.shape
-        if x.shape != (num_tokens, layout.hidden_size) or out.shape != (num_tokens * num_active, layout.hidden_size):
-            raise ValueError(f"x {tuple(x.shape)} or out {tuple(out.shape)} does not fit the routing")
-        if any(record.numel() < layout.nbytes for _, record in experts):
-            raise ValueError("a record is shorter than its layout")
-        begin = routing.row_begin.tolist()
-        index = {expert: i for i, expert in enumerate(routing.experts)}
-        at = [index[expert] for expert, _ in experts]
-        num_experts = len(at)
-        records = (c_void_p * num_experts)(*[record.data_ptr() for _, record in experts])
-        row_begin = (c_int * num_experts)(*[begin[i] for i in at])
-        row_end = (c_int * num_experts)(*[begin[i + 1] for i in at])
+        hidden_size = layout.hidden_size
+        if (
+            _checked(x, torch.float32).shape != (num_tokens, hidden_size)
+            or _checked(outputs, torch.float32).shape != (num_tokens * num_active, hidden_size)
+            or (add_to is not None and _checked(add_to, torch.float32).shape != x.shape)
+        ):
+            raise ValueError(f"x {tuple(x.shape)} or outputs {tuple(outputs.shape)} does not fit the routing")
+        experts = routing.experts
+        if not {expert for expert, _ in ready}.issubset(experts):
+            raise ValueError(f"some of the experts {ready} were not routed to")
+        experts_array = array("i", experts)
+        ready_array = array("i", [expert for expert, _ in ready])
+        records_array = array("Q", [addresses[slot] for _, slot in ready])
         call = _ExpertCall(
-            format=_FORMATS[layout.format],
-            hidden_size=layout.hidden_size,
-            intermediate_size=layout.intermediate_size,
-            x=x.data_ptr(),
-            num_tokens=num_tokens,
-            num_active=num_active,
-            num_experts=num_experts,
-            records=ctypes.addressof(records),
-            row_begin=ctypes.addressof(row_begin),
-            row_end=ctypes.addressof(row_end),
-            positions=routing.positions.data_ptr(),
-            out=out.data_ptr(),
+            _FORMATS[layout.format],
+            hidden_size,
+            layout.intermediate_size,
+            x.data_ptr(),
+            num_tokens,
+            num_active,
+            _Routing(
+                len(experts),
+                experts_array.buffer_info()[0],
+                routing.row_begin.data_ptr(),
+                routing.positions.data_ptr(),
+            ),
+            len(ready),
+            ready_array.buffer_info()[0],
+            records_array.buffer_info()[0],
+            outputs.data_ptr(),
         )
-        self._library.foregate_expert_mlp(ctypes.addressof(call))
+        self._library.foregate_expert_mlp(
+            ctypes.addressof(call), routing.weights.data_ptr(), 0 if add_to is None else add_to.data_ptr()
+        )
 
     def combine(self, outputs: Tensor, weights: Tensor, add_to: Tensor) -> None:
         _checked(add_to, torch.float32)
@@ -287,19 +411,33 @@ class NativeBackend:
         if outputs.shape != (num_tokens * num_active, size) or add_to.shape[0] != num_tokens:
             raise ValueError(f"outputs {tuple(outputs.shape)} do not fit {tuple(add_to.shape)}")
         self._library.foregate_combine(
-            outputs.data_ptr(), weights.data_ptr(), num_tokens, num_active, size, add_to.data_ptr(), 1
+            outputs.data_ptr(), weights.data_ptr(), num_tokens, num_active, size, add_to.data_ptr()
         )
-
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        num_rows, width = _checked(gate_up, torch.float32).shape
-        out = torch.empty(num_rows, width // 2)
-        self._library.foregate_swiglu(gate_up.data_ptr(), num_rows, width // 2, out.data_ptr())
-        return out
 
     def read(self, memory: Tensor) -> int:
         """Read a uint8 tensor with all threads: the roof for whatever is bound by memory."""
         total: int = self._library.foregate_read(memory.data_ptr(), memory.numel() // 8)
         return total
+
+
+def _step_of(sequences: Sequences) -> int:
+    """The address of the sequences as the library reads them; made once for all layers."""
+    if sequences.native is None:
+        s = sequences
+        tensors = (s.positions, s.slots, s.row_begin, s.context, s.block_begin, s.blocks)
+        at = [_checked(tensor, torch.int32).data_ptr() for tensor in tensors]
+        sequences.native = _Step(len(s.positions), at[0], at[1], len(s.context), at[2], at[3], at[4], at[5])
+    return ctypes.addressof(sequences.native)
+
+
+def _native(linear: Linear) -> NativeLinear:
+    if not isinstance(linear, NativeLinear):
+        raise TypeError("the matrix was made by another backend")
+    return linear
+
+
+def _weights(x: Tensor) -> Tensor:
+    return _checked(x, torch.float32)
 
 
 def _checked(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,10 @@
-"""How a matrix lies for the CPU kernels: blocks of 16 output rows, pieces of 64 inputs, spans of 256 that share a scale.
+"""How a matrix lies for the CPU kernels: blocks of 16 output rows, pieces of 64 inputs, spans of 256.
 
 The layout is described at the top of kernels/cpu/src/product.inl; this is its other half, in torch, so that packing and
 reading back need no compiler. Rows are padded to 16 and inputs to 64.
 
-int8: weight = (byte - 128) * scale. int4: byte = nibble * step + base, with a step and a base for each group of 32, so
-that an int4 matrix expands to an int8 one exactly (the two levels are those of GGUF's k-quants).
+A span's inputs share a scale. int8: weight = (byte - 128) * scale. int4: byte = nibble * step + base, with a step and a
+base for each group of 32, so that an int4 matrix expands to an int8 one exactly (two levels, as in GGUF's k-quants).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ GROUP_SIZE = 32  # inputs that share a step and a base
 SPAN = 256  # inputs that share a scale
 PIECE_NBYTES = {"float32": 4096, "bf16": 2048, "int8": 1024, "int4": 576}
 QUANTISED = ("int8", "int4")
+_GROUPS_AT_ONCE = 8192  # quantising passes over its numbers many times: what it takes at once stays in the cache
 
 
 def packed_nbytes(format: str, num_outputs: int, num_inputs: int) -> int:
@@ -42,7 +43,10 @@ def pack_matrix(format: str, weight: Tensor) -> Tensor:
         q = pieces.round().add_(128).to(torch.uint8)
         parts = [_as_bytes(q.unflatten(-1, (-1, 4)).transpose(2, 3))]
     else:
-        q, steps, bases = _quantise_groups(pieces.unflatten(-1, (2, GROUP_SIZE)))  # [blocks, pieces, 16, 2, 32], [..., 2]
+        groups = pieces.unflatten(-1, (2, GROUP_SIZE))  # [blocks, pieces, 16, 2, 32]
+        in_cache = groups.reshape(-1, GROUP_SIZE).split(_GROUPS_AT_ONCE)
+        found = (torch.cat(part) for part in zip(*map(_quantise_groups, in_cache), strict=True))
+        q, steps, bases = (part.view(groups.shape[:4] + part.shape[1:]) for part in found)
         halves = q.unflatten(-1, (4, 2, 4)).permute(0, 1, 3, 4, 5, 2, 6)  # [blocks, pieces, 2, 4, 2 halves, 16, 4]
         nibbles = halves[:, :, :, :, 0] | (halves[:, :, :, :, 1] << 4)
         piece_parts = (nibbles.flatten(2), steps.transpose(2, 3).flatten(2), bases.flatten(2))
@@ -102,10 +106,10 @@ def _in_steps_of(scales: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _quantise_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """groups [..., 32] in -127..127 -> nibbles [..., 32], steps [...], bases [...], all uint8.
+    """groups [n, 32] in -127..127 -> nibbles [n, 32], steps [n], bases [n], all uint8.
 
     nibble * step + base - 128 is near the value, and its first two terms never pass 255. Of a few pairs of step and
-    base, those with the smallest squared error: a step that cuts off the ends is often better than one that reaches them.
+    base, those with the smallest squared error: a step that cuts off the ends is often better than one that does not.
     """
     low, high = groups.amin(-1), groups.amax(-1)
     full = ((high - low) / 15.0).ceil_().clamp_(1.0, 17.0)

@@ -44,12 +44,15 @@ async def collect(engine: AsyncEngine, name: str, prompt: list[int], params: Sam
 
 
 async def settled(engine: AsyncEngine) -> EngineStats:
-    """The statistics once nothing is left to do."""
+    """The statistics once nothing is left to do, seen twice: a snapshot may be older than what was sent last."""
+    seen = 0
     for _ in range(200):
         stats = engine.stats()
-        if stats.num_running == stats.num_waiting == stats.kv_blocks_used == 0:
+        idle = stats.num_running == stats.num_waiting == stats.kv_blocks_used == stats.last_step_age_s == 0
+        seen = seen + 1 if idle and engine._inbox.empty() else 0
+        if seen == 3:
             return stats
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
     raise AssertionError(f"never came to rest: {engine.stats()}")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.backend import BACKENDS, AttentionShape, Backend, Sequences, choose_backend
+from kernels.backend import BACKENDS, AttentionShape, Backend, Records, Routing, Sequences, choose_backend
 from kernels.quant.blocked import pack_matrix, unpack_matrix
 from kernels.quant.formats import FORMATS
 from kernels.torch_backend import TorchBackend
@@ -89,27 +89,31 @@ def test_a_row_has_the_same_bits_in_any_company_and_with_any_number_of_threads(n
             assert torch.equal(part, whole[start : start + num_rows]), (num_threads, num_rows)
 
 
-def make_records(format: str, hidden: int, inner: int, num_experts: int):
+def make_records(format: str, hidden: int, inner: int, num_experts: int) -> Records:
     layout = FORMATS[format].layout(hidden, inner)
-    records = []
+    slots = []
     for expert in range(num_experts):
         aligned = torch.zeros(layout.nbytes + 4096, dtype=torch.uint8)
         record = aligned[-aligned.data_ptr() % 4096 :][: layout.nbytes]
         FORMATS[format].pack(random_weights(hidden, inner, seed=expert), record)
-        records.append(record)
-    return layout, records
+        slots.append(record)
+    return Records(layout, slots)
+
+
+def unpacked(records: Records, expert: int):
+    return FORMATS[records.layout.format].unpack(records.slots[expert], records.layout)
 
 
 def run_experts(
-    backend: Backend, x: torch.Tensor, logits: torch.Tensor, layout, records, groups: int = 1
+    backend: Backend, x: torch.Tensor, logits: torch.Tensor, records: Records, groups: int = 1
 ) -> torch.Tensor:
-    routing = backend.route(logits, 3, "softmax")
+    routing = Routing.of(*reference.route(logits, 3, "softmax"))
     out = torch.full((x.shape[0] * 3, x.shape[1]), float("nan"))
     order = random.Random(groups).sample(routing.experts, len(routing.experts)) if groups > 1 else routing.experts
     for group in range(groups):
-        ready = [(expert, records[expert]) for expert in order[group::groups]]
+        ready = [(expert, expert) for expert in order[group::groups]]
         if ready:
-            backend.expert_mlp(x, routing, ready, layout, out)
+            backend.expert_mlp(x, routing, records, ready, out)
     return out
 
 
@@ -118,15 +122,14 @@ def run_experts(
 def test_each_token_gets_each_of_its_experts_products(
     backend: Backend, format: str, rows: int, hidden: int, inner: int
 ):
-    layout, records = make_records(format, hidden, inner, 6)
+    records = make_records(format, hidden, inner, 6)
     torch.manual_seed(rows)
     x, logits = torch.randn(rows, hidden), torch.randn(rows, 6)
-    out = run_experts(backend, x, logits, layout, records)
+    out = run_experts(backend, x, logits, records)
     ids, _ = reference.route(logits, 3, "softmax")
     expected = torch.empty_like(out)
     for position, expert in enumerate(ids.flatten().tolist()):
-        weights = FORMATS[format].unpack(records[expert], layout)
-        expected[position] = reference.swiglu(x[position // 3], *weights, format)
+        expected[position] = reference.swiglu(x[position // 3], *unpacked(records, expert), format)
     # an inner activation on the other side of a rounding step moves an output by a hundredth of its size at most
     assert_near(out, expected, {"float32": 1e-5, "bf16": 2e-2}.get(format, 3e-2))
     assert (out - expected).norm() <= {"float32": 1e-6}.get(format, 3e-3) * expected.norm()
@@ -134,39 +137,59 @@ def test_each_token_gets_each_of_its_experts_products(
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_experts_products_are_the_same_bits_in_any_company_order_and_number_of_threads(native: str, format: str):
-    layout, records = make_records(format, 64, 96, 6)
+    records = make_records(format, 64, 96, 6)
     torch.manual_seed(0)
     x, logits = torch.randn(40, 64), torch.randn(40, 6)
-    whole = run_experts(make_backend(native), x, logits, layout, records).view(40, 3, 64)
+    whole = run_experts(make_backend(native), x, logits, records).view(40, 3, 64)
     for num_threads in (1, 2, 4):
         backend = make_backend(native, num_threads)
         for groups in (1, 2, 6):
-            again = run_experts(backend, x, logits, layout, records, groups)
+            again = run_experts(backend, x, logits, records, groups)
             assert torch.equal(again.view(40, 3, 64), whole), (num_threads, groups)
         for rows in (1, 2, 7):
-            alone = run_experts(
-                backend, x[5 : 5 + rows].contiguous(), logits[5 : 5 + rows].contiguous(), layout, records
-            )
+            alone = run_experts(backend, x[5 : 5 + rows].contiguous(), logits[5 : 5 + rows].contiguous(), records)
             assert torch.equal(alone.view(rows, 3, 64), whole[5 : 5 + rows]), (num_threads, rows)
 
 
 def test_one_expert_may_take_all_tokens_and_others_none(backend: Backend):
-    layout, records = make_records("int4", 64, 32, 6)
+    records = make_records("int4", 64, 32, 6)
     torch.manual_seed(0)
     x = torch.randn(33, 64)
     logits = torch.tensor([9.0, 8.0, 7.0, 0.0, 0.0, 0.0]).expand(33, 6).contiguous()
-    out = run_experts(backend, x, logits, layout, records).view(33, 3, 64)
+    out = run_experts(backend, x, logits, records).view(33, 3, 64)
     for rank in range(3):
-        expected = reference.swiglu(x, *FORMATS["int4"].unpack(records[rank], layout), "int4")
+        expected = reference.swiglu(x, *unpacked(records, rank), "int4")
         assert (out[:, rank] - expected).norm() <= 3e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_combined_at_once_is_what_is_combined_later(backend: Backend, format: str):
+    records = make_records(format, 64, 96, 6)
+    torch.manual_seed(0)
+    x, logits, residual = torch.randn(9, 64), torch.randn(9, 6), torch.randn(9, 64)
+    routing = Routing.of(*reference.route(logits, 3, "softmax"))
+    ready = [(expert, expert) for expert in routing.experts]
+    later, outputs = residual.clone(), torch.empty(27, 64)
+    backend.expert_mlp(x, routing, records, ready, outputs)
+    backend.combine(outputs, routing.weights, add_to=later)
+    at_once = residual.clone()
+    backend.expert_mlp(x, routing, records, ready, torch.empty(27, 64), add_to=at_once)
+    assert torch.equal(at_once, later)
+    assert not torch.equal(at_once, residual)
+
+
 @pytest.mark.parametrize("routing", ["softmax", "softmax_renormalised", "unweighted"])
-@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 8, 2), (33, 64, 8), (5, 4, 4), (0, 8, 2)])
+@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 8, 2), (33, 64, 8), (5, 4, 4), (0, 8, 2), (100, 16, 3)])
 def test_routing_equals_the_reference(backend: Backend, routing: str, tokens: int, experts: int, active: int):
-    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(1)) * 3
+    torch.manual_seed(1)
+    norm, weight, bias = torch.rand(48) + 0.5, torch.randn(experts, 48), torch.randn(experts)
+    residual = torch.randn(tokens, 48) * 3
+    expected_x = reference.rms_norm(residual, norm, 1e-5)
+    logits = reference.linear(expected_x, weight, bias, "float32")
     ids, weights = reference.route(logits, active, routing)
-    found = backend.route(logits, active, routing)
+    router = backend.make_linear(weight, bias, "float32")
+    x, found = backend.make_router(norm, 1e-5, router, active, routing)(residual)
+    torch.testing.assert_close(x, expected_x)
     assert torch.equal(found.ids, ids)
     torch.testing.assert_close(found.weights, weights)
     assert found.experts == sorted(set(ids.flatten().tolist()))
@@ -184,7 +207,7 @@ def test_rms_norm_equals_the_reference(backend: Backend, rows: int, size: int):
 
 
 @pytest.mark.parametrize(("tokens", "active", "size"), [(1, 2, 64), (9, 8, 100), (40, 3, 576)])
-def test_combine_and_swiglu_equal_the_reference(backend: Backend, tokens: int, active: int, size: int):
+def test_combine_equals_the_reference(backend: Backend, tokens: int, active: int, size: int):
     torch.manual_seed(0)
     outputs, weights, residual = (
         torch.randn(tokens * active, size),
@@ -194,9 +217,23 @@ def test_combine_and_swiglu_equal_the_reference(backend: Backend, tokens: int, a
     added = residual.clone()
     backend.combine(outputs, weights, add_to=added)
     assert_near(added, residual + reference.combine(outputs.view(tokens, active, size), weights), 1e-6)
-    gate_up = torch.randn(tokens, 2 * size) * 4
-    gate, up = gate_up.chunk(2, dim=-1)
-    assert_near(backend.swiglu(gate_up), torch.nn.functional.silu(gate) * up, 1e-5)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("rows", "hidden", "inner"), [(1, 64, 100), (9, 96, 64), (40, 576, 33)])
+def test_a_dense_layer_equals_the_reference(backend: Backend, rows: int, hidden: int, inner: int, normed: bool):
+    torch.manual_seed(0)
+    gate, up, down = torch.randn(inner, hidden), torch.randn(inner, hidden), torch.randn(hidden, inner)
+    x, residual, norm = torch.randn(rows, hidden), torch.randn(rows, hidden), torch.rand(hidden) / hidden**0.5
+    gate_up = backend.make_linear(torch.cat((gate, up)), None, "float32")
+    mlp = backend.make_mlp(norm if normed else None, 1e-5, gate_up, backend.make_linear(down, None, "float32"))
+    added = residual.clone()
+    mlp(x, added)
+    inputs = reference.rms_norm(x, norm, 1e-5) if normed else x
+    assert_near(added, residual + reference.swiglu(inputs, gate, up, down, "float32"), 1e-5)
+    in_place = x.clone()
+    mlp(in_place, in_place)
+    assert_near(in_place, x + reference.swiglu(inputs, gate, up, down, "float32"), 1e-5)
 
 
 def make_sequences(context: list[int], rows: list[int], num_blocks: int, seed: int = 0) -> Sequences:
@@ -225,6 +262,18 @@ def make_shape(heads: int, kv_heads: int, dim: int, qk_norm: str = "none", clip:
     return AttentionShape(heads, kv_heads, dim, qk_norm, 1e-5, clip, q_norm, k_norm, angles.cos(), angles.sin())
 
 
+def attend(backend: Backend, shape: AttentionShape, x: torch.Tensor, keys, values, sequences: Sequences):
+    """The attention of a layer whose q, k and v are the components of x, and whose output is the residual's first."""
+    width, attended = x.shape[1], shape.num_heads * shape.head_dim
+    qkv, output = torch.eye(width), torch.eye(width, attended)
+    linears = [backend.make_linear(weight, None, "float32") for weight in (qkv, output)]
+    residual = x * 1e-2  # far below the output; the norm makes it x again
+    before = residual.clone()
+    backend.make_attention(shape, torch.ones(width), *linears)(residual, keys, values, sequences)
+    assert torch.equal(residual[:, attended:], before[:, attended:])
+    return residual[:, :attended]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "qk_norm", "clip"),
@@ -246,8 +295,8 @@ def test_attention_equals_the_reference_on_any_mix_of_chunks_and_decode_rows(
     qkv = torch.randn(sum(rows), (heads + 2 * kv_heads) * dim)
     keys, values = torch.randn(64, kv_heads, dim, 16).to(dtype), torch.randn(64, kv_heads, 16, dim).to(dtype)
     expected_keys, expected_values = keys.clone(), values.clone()
-    expected = TorchBackend().attend(shape, qkv, expected_keys, expected_values, sequences)
-    out = backend.attend(shape, qkv, keys, values, sequences)
+    expected = attend(TorchBackend(), shape, qkv, expected_keys, expected_values, sequences)
+    out = attend(backend, shape, qkv, keys, values, sequences)
     assert_near(out, expected, 1e-4 if dtype == torch.float32 else 2e-2)
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(keys, expected_keys, atol=bound, rtol=bound)
@@ -264,7 +313,7 @@ def test_attention_gives_a_row_the_same_bits_in_any_chunk_company_and_number_of_
     keys = torch.full((32, 2, 64, 16), float("nan"), dtype=dtype)  # what was never written must not matter
     values = torch.full((32, 2, 16, 64), float("nan"), dtype=dtype)
     whole_sequence = make_sequences([90], [90], 32)
-    whole = make_backend(native).attend(shape, qkv, keys, values, whole_sequence)
+    whole = attend(make_backend(native), shape, qkv, keys, values, whole_sequence)
     assert whole.isfinite().all()
     for num_threads in (1, 3):
         backend = make_backend(native, num_threads)
@@ -275,7 +324,7 @@ def test_attention_gives_a_row_the_same_bits_in_any_chunk_company_and_number_of_
                 blocks = whole_sequence.blocks[: len(part.blocks)].contiguous()
                 part.blocks = blocks
                 part.slots = whole_sequence.slots[start:end].contiguous()
-                out = backend.attend(shape, qkv[start:end].contiguous(), keys, values, part)
+                out = attend(backend, shape, qkv[start:end].contiguous(), keys, values, part)
                 assert torch.equal(out, whole[start:end]), (num_threads, chunk, start)
 
 
@@ -303,9 +352,31 @@ def test_wrong_shapes_and_strides_are_refused_before_they_reach_memory(name: str
         linear(torch.randn(64, 2).T)
     with pytest.raises(ValueError, match="expected contiguous"):
         linear(torch.randn(2, 64, dtype=torch.float64))
-    layout, records = make_records("int8", 64, 32, 6)
-    routing = backend.route(torch.randn(4, 6), 3, "softmax")
+    records = make_records("int8", 64, 32, 6)
+    routing = Routing.of(*reference.route(torch.randn(4, 6), 3, "softmax"))
     with pytest.raises(ValueError, match="does not fit the routing"):
-        backend.expert_mlp(torch.randn(4, 64), routing, [(0, records[0])], layout, torch.empty(4, 64))
-    with pytest.raises(ValueError, match="shorter than its layout"):
-        backend.expert_mlp(torch.randn(4, 64), routing, [(0, records[0][:100])], layout, torch.empty(12, 64))
+        backend.expert_mlp(torch.randn(4, 64), routing, records, [(0, 0)], torch.empty(4, 64))
+    with pytest.raises(ValueError, match="were not routed to"):
+        backend.expert_mlp(torch.randn(4, 64), routing, records, [(6, 0)], torch.empty(12, 64))
+    with pytest.raises(ValueError, match="shorter than a record"):
+        Records(records.layout, [records.slots[0][:100]])
+    router = backend.make_linear(torch.randn(6, 64), None, "float32")
+    with pytest.raises(ValueError, match="top-7 does not fit a router of 6"):
+        backend.make_router(torch.ones(64), 1e-5, router, 7, "softmax")
+    with pytest.raises(ValueError, match="does not fit a router of 64 inputs"):
+        backend.make_router(torch.ones(64), 1e-5, router, 3, "softmax")(torch.randn(2, 32))
+    with pytest.raises(ValueError, match="do not fit down of 64 inputs"):
+        backend.make_mlp(None, 1e-5, router, router)
+    with pytest.raises(TypeError, match="made by another backend"):
+        backend.make_mlp(None, 1e-5, TorchBackend().make_linear(torch.randn(6, 64), None, "float32"), router)
+    shape = make_shape(2, 1, 16)
+    qkv, output = (backend.make_linear(torch.randn(size), None, "float32") for size in ((64, 48), (48, 32)))
+    with pytest.raises(ValueError, match="does not fit AttentionShape"):
+        backend.make_attention(shape, torch.ones(48), output, output)
+    attention = backend.make_attention(shape, torch.ones(48), qkv, output)
+    sequences = make_sequences([1], [1], 2)
+    keys, values = torch.zeros(2, 1, 16, 16), torch.zeros(2, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"keys \(2, 1, 8, 16\)"):
+        attention(torch.randn(1, 48), keys[:, :, :8], values, sequences)
+    with pytest.raises(ValueError, match="does not fit the sequences"):
+        attention(torch.randn(2, 48), keys, values, sequences)

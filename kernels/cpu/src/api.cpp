@@ -3,6 +3,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #if defined(FG_HAS_AMX)
 #include <cpuid.h>
@@ -51,6 +52,27 @@ bool runs_here(const char* name) {
     return !strcmp(name, "portable");
 }
 
+// What lies between the kernels of one call; guarded by the mutex, kept for the next.
+struct Scratch {
+    std::vector<float> memory[4];
+    float* take(int which, size_t num_floats) {
+        auto& m = memory[which];
+        if (m.size() < num_floats + 16) m.resize(num_floats + num_floats / 4 + 16);
+        return (float*)(((uintptr_t)m.data() + 63) & ~(uintptr_t)63);
+    }
+};
+Scratch scratch;
+
+foregate::LinearCall with_rows(foregate::LinearCall call, const float* x, int num_rows, float* out, bool accumulate = false) {
+    call.x = x;
+    call.x_stride = call.num_inputs;
+    call.num_rows = num_rows;
+    call.out = out;
+    call.out_stride = call.num_outputs;
+    call.accumulate = accumulate;
+    return call;
+}
+
 }  // namespace
 
 extern "C" {
@@ -78,10 +100,6 @@ int foregate_start(int num_threads, const char* isa) {
 const char* foregate_isa() { return table ? table->name : ""; }
 int foregate_num_threads() { return pool ? pool->num_threads() : 0; }
 
-void foregate_expert_mlp(const foregate::ExpertCall* call) {
-    std::lock_guard<std::mutex> lock(mutex);
-    table->expert_mlp(*pool, *call);
-}
 void foregate_linear(const foregate::LinearCall* call) {
     std::lock_guard<std::mutex> lock(mutex);
     table->linear(*pool, *call);
@@ -90,28 +108,79 @@ void foregate_rms_norm(const float* x, const float* weight, float eps, int num_r
     std::lock_guard<std::mutex> lock(mutex);
     table->rms_norm(*pool, x, weight, eps, num_rows, size, out);
 }
-void foregate_prepare_qkv(const foregate::QkvCall* call) {
+void foregate_combine(const float* outputs, const float* weights, int num_tokens, int num_active, int size, float* out) {
     std::lock_guard<std::mutex> lock(mutex);
-    table->prepare_qkv(*pool, *call);
-}
-void foregate_attention(const foregate::AttentionCall* call) {
-    std::lock_guard<std::mutex> lock(mutex);
-    table->attention(*pool, *call);
-}
-void foregate_combine(const float* outputs, const float* weights, int num_tokens, int num_active, int size, float* out,
-                      int accumulate) {
-    std::lock_guard<std::mutex> lock(mutex);
-    table->combine(*pool, outputs, weights, num_tokens, num_active, size, out, accumulate);
-}
-void foregate_swiglu(const float* gate_up, int num_rows, int size, float* out) {
-    std::lock_guard<std::mutex> lock(mutex);
-    table->swiglu(*pool, gate_up, num_rows, size, out);
+    table->combine(*pool, outputs, weights, num_tokens, num_active, size, out, 1);
 }
 
-int foregate_route(const float* logits, int num_tokens, int num_experts, int num_active, int mode, int32_t* ids,
+// residual [rows, hidden] += attention of its norm; the new keys and values go to the paged cache first.
+void foregate_attention(const foregate::AttentionLayer* layer, const foregate::Step* step, float* residual) {
+    std::lock_guard<std::mutex> lock(mutex);
+    const int num_rows = step->num_rows, width = layer->qkv.num_outputs, inner = layer->output.num_inputs;
+    float* x = scratch.take(0, (size_t)num_rows * layer->hidden_size);
+    float* qkv = scratch.take(1, (size_t)num_rows * width);
+    float* query = scratch.take(2, (size_t)num_rows * inner);
+    float* attended = scratch.take(3, (size_t)num_rows * inner);
+    table->rms_norm(*pool, residual, layer->norm, layer->eps, num_rows, layer->hidden_size, x);
+    table->linear(*pool, with_rows(layer->qkv, x, num_rows, qkv));
+    foregate::QkvCall prepare = layer->prepare;
+    prepare.qkv = qkv;
+    prepare.num_rows = num_rows;
+    prepare.positions = step->positions;
+    prepare.slots = step->slots;
+    prepare.query = query;
+    table->prepare_qkv(*pool, prepare);
+    foregate::AttentionCall attention = layer->attention;
+    attention.query = query;
+    attention.num_seqs = step->num_seqs;
+    attention.row_begin = step->row_begin;
+    attention.context = step->context;
+    attention.block_begin = step->block_begin;
+    attention.blocks = step->blocks;
+    attention.out = attended;
+    table->attention(*pool, attention);
+    table->linear(*pool, with_rows(layer->output, attended, num_rows, residual, true));
+}
+
+// x = norm of residual [tokens, hidden]; each token's experts and weights; each expert's positions. Returns how many
+// experts were chosen.
+int foregate_route(const foregate::RouterLayer* layer, const float* residual, int num_tokens, float* x, int32_t* ids,
                    float* weights, int32_t* experts, int32_t* row_begin, int32_t* positions) {
-    foregate::route(logits, num_tokens, num_experts, num_active, mode, ids, weights);
+    std::lock_guard<std::mutex> lock(mutex);
+    const int num_experts = layer->router.num_outputs, num_active = layer->num_active;
+    float* logits = scratch.take(0, (size_t)num_tokens * num_experts);
+    table->rms_norm(*pool, residual, layer->norm, layer->eps, num_tokens, layer->router.num_inputs, x);
+    table->linear(*pool, with_rows(layer->router, x, num_tokens, logits));
+    constexpr int chunk = 32;
+    pool->parallel((num_tokens + chunk - 1) / chunk, [&](int task) {
+        const int begin = task * chunk, num = num_tokens - begin < chunk ? num_tokens - begin : chunk;
+        foregate::route(logits + (size_t)begin * num_experts, num, num_experts, num_active, layer->mode,
+                        ids + (size_t)begin * num_active, weights + (size_t)begin * num_active);
+    });
     return foregate::group_by_expert(ids, num_tokens * num_active, num_experts, experts, row_begin, positions);
+}
+
+// Products of the ready experts; weights and residual, if not null: all of the tokens' products are there then, and
+// are added to residual.
+void foregate_expert_mlp(const foregate::ExpertCall* call, const float* weights, float* residual) {
+    std::lock_guard<std::mutex> lock(mutex);
+    table->expert_mlp(*pool, *call);
+    if (residual) table->combine(*pool, call->out, weights, call->num_tokens, call->num_active, call->hidden_size, residual, 1);
+}
+
+void foregate_mlp(const foregate::MlpLayer* layer, const float* x, int num_rows, float* residual) {
+    std::lock_guard<std::mutex> lock(mutex);
+    const int hidden = layer->gate_up.num_inputs, inner = layer->down.num_inputs;
+    if (layer->norm) {
+        float* normed = scratch.take(0, (size_t)num_rows * hidden);
+        table->rms_norm(*pool, x, layer->norm, layer->eps, num_rows, hidden, normed);
+        x = normed;
+    }
+    float* gate_up = scratch.take(1, (size_t)num_rows * 2 * inner);
+    float* activated = scratch.take(2, (size_t)num_rows * inner);
+    table->linear(*pool, with_rows(layer->gate_up, x, num_rows, gate_up));
+    table->swiglu(*pool, gate_up, num_rows, inner, activated);
+    table->linear(*pool, with_rows(layer->down, activated, num_rows, residual, true));
 }
 
 // Read memory with all threads, as a roof for what is bound by it; returns a sum so that nothing is left out.

@@ -74,20 +74,23 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
     const Shape in(call.format, hidden), out(call.format, inner);
     const size_t down_at = (size_t)(inner / kLanes) * 2 * in.block_nbytes;
     static std::vector<RowSpan> runs, inner_runs;
-    static std::vector<int> first_run, row_of;  // of each expert; the positions' index of each row
+    static std::vector<int> first_run, position_of;  // of each ready expert; of each row
     runs.clear();
     inner_runs.clear();
     first_run.clear();
-    row_of.clear();
+    position_of.clear();
     size_t total = 0, inner_total = 0;
     int num_rows = 0, most_rows = 0;
     const bool one_token = call.num_tokens == 1;
-    for (int e = 0; e < call.num_experts; ++e) {
-        const int num = call.row_end[e] - call.row_begin[e];
+    for (int e = 0; e < call.num_ready; ++e) {
+        const Routing& routing = call.routing;
+        const int32_t* found = std::lower_bound(routing.experts, routing.experts + routing.num_experts, call.ready[e]);
+        const int32_t* rows = routing.row_begin + (found - routing.experts);
+        const int num = rows[1] - rows[0];
         first_run.push_back((int)runs.size());
         cut_runs(in, num_rows, num_rows + num, runs, total);
         cut_runs(out, num_rows, num_rows + num, inner_runs, inner_total);
-        for (int i = 0; i < num; ++i) row_of.push_back(call.row_begin[e] + i);
+        for (int i = rows[0]; i < rows[1]; ++i) position_of.push_back(routing.positions[i]);
         num_rows += num;
         most_rows = std::max(most_rows, num);
     }
@@ -102,12 +105,12 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
         pool.parallel((int)runs.size(), [&](int t) {
             const Tile tile(in, memory + runs[t].at, runs[t].num_rows);
             for (int r = 0; r < tile.num_rows; ++r)
-                put_row(in, call.x + (size_t)(call.positions[row_of[runs[t].first + r]] / call.num_active) * hidden, tile, r);
+                put_row(in, call.x + (size_t)(position_of[runs[t].first + r] / call.num_active) * hidden, tile, r);
         });
     }
 
     const int units_per_task = 2 * kLanes, num_chunks = inner / units_per_task;
-    pool.parallel(call.num_experts * num_chunks, [&](int task) {
+    pool.parallel(call.num_ready * num_chunks, [&](int task) {
         const int e = task / num_chunks, begin = task % num_chunks * units_per_task;
         const RowSpan* mine = runs.data() + first_run[e];
         const int num_runs = first_run[e + 1] - first_run[e];
@@ -133,7 +136,7 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
     });
 
     const int num_blocks = hidden / kLanes, chunk = std::min(4, num_blocks), num_tasks = ceil_div(num_blocks, chunk);
-    pool.parallel(call.num_experts * num_tasks, [&](int task) {
+    pool.parallel(call.num_ready * num_tasks, [&](int task) {
         const int e = task / num_tasks, begin = task % num_tasks * chunk, end = std::min(num_blocks, begin + chunk);
         const RowSpan* mine = inner_runs.data() + first_run[e];
         const int num_runs = first_run[e + 1] - first_run[e];
@@ -145,7 +148,7 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
             product(out, w, width, mine, num_runs, memory, values);
             for (int t = 0; t < num_runs; ++t)
                 for (int r = 0; r < mine[t].num_rows; ++r) {
-                    float* to = call.out + (size_t)call.positions[row_of[mine[t].first + r]] * hidden + n * kLanes;
+                    float* to = call.out + (size_t)position_of[mine[t].first + r] * hidden + n * kLanes;
                     for (int b = 0; b < width; ++b)
                         f_store(to + b * kLanes, f_load(values_at(values, mine[t].first - mine[0].first, mine[t].num_rows, b, r)));
                 }

@@ -10,16 +10,23 @@ class ThreadPool;
 
 enum Format : int { kFloat32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
 
+// Rows of each expert, as a router found them: expert i's are positions[row_begin[i]..row_begin[i + 1]].
+struct Routing {
+    int num_experts;
+    const int32_t* experts;    // [num_experts] ascending
+    const int32_t* row_begin;  // [num_experts + 1] into positions
+    const int32_t* positions;  // token * num_active + rank
+};
+
 // One expert call: the rows routed to each expert, and where its products go.
 struct ExpertCall {
     int format, hidden_size, intermediate_size;
-    const float* x;                  // [num_tokens, hidden]
+    const float* x;  // [num_tokens, hidden]
     int num_tokens, num_active;
-    int num_experts;
-    const uint8_t* const* records;   // [num_experts]
-    const int32_t* row_begin;        // [num_experts] into positions
-    const int32_t* row_end;
-    const int32_t* positions;        // token * num_active + rank
+    Routing routing;
+    int num_ready;
+    const int32_t* ready;            // [num_ready] experts to be computed, each one of routing's
+    const uint8_t* const* records;   // [num_ready]
     float* out;                      // [num_tokens * num_active, hidden]
 };
 
@@ -61,6 +68,43 @@ struct QkvCall {
     const int32_t* slots;         // [rows] block * 16 + offset
     float* query;                 // [rows, heads, head_dim]
     void *keys, *values;
+};
+
+// The step that all layers of a model share.
+struct Step {
+    int num_rows;
+    const int32_t* positions;    // [num_rows]
+    const int32_t* slots;        // [num_rows]
+    int num_seqs;
+    const int32_t* row_begin;    // [num_seqs + 1]
+    const int32_t* context;      // [num_seqs]
+    const int32_t* block_begin;  // [num_seqs + 1]
+    const int32_t* blocks;
+};
+
+// Norm, projections, rotation, attention and output of a layer. What depends on the step is filled in by the call.
+struct AttentionLayer {
+    int hidden_size;
+    float eps;
+    const float* norm;  // [hidden]
+    LinearCall qkv, output;
+    QkvCall prepare;
+    AttentionCall attention;
+};
+
+// Norm, router and choice of a layer.
+struct RouterLayer {
+    float eps;
+    const float* norm;  // [hidden]
+    LinearCall router;
+    int num_active, mode;
+};
+
+// A dense SwiGLU layer, with its norm or, if that is null, of normed rows.
+struct MlpLayer {
+    float eps;
+    const float* norm;
+    LinearCall gate_up, down;
 };
 
 struct KernelTable {
