@@ -24,6 +24,7 @@ from engine.threads import wait_passively
 from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from engine.convert import Progress
     from engine.engine import Engine
 
 _log = logging.getLogger(__name__)
@@ -35,10 +36,20 @@ _LONG_TEXT = 4096  # characters; longer texts are tokenised off the event loop
 class AsyncEngine:
     """`start`, then `generate` for any number of requests at once, then `stop`. All calls from one event loop."""
 
-    def __init__(self, config: EngineConfig, *, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """`progress(what, done, total)` is told while the model loads, on the engine's thread."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        progress: Progress | None = None,
+        build: Callable[[EngineConfig, Progress | None], Engine] | None = None,
+    ) -> None:
+        """`progress(what, done, total)` is told while the model loads, on the engine's thread.
+
+        `build` stands in there for `Engine`, to load something else than the checkpoint that `config` names.
+        """
         self._config = config
         self._progress = progress
+        self._build = build
         self._state: EngineState = "stopped"
         self._error: str | None = None
         self._inbox: queue.SimpleQueue[AddRequest | AbortRequest | None] = queue.SimpleQueue()
@@ -167,7 +178,7 @@ class AsyncEngine:
         from engine.engine import Engine
 
         try:
-            engine = Engine(self._config, self._progress)
+            engine = (self._build or Engine)(self._config, self._progress)
         except BaseException as error:
             loop.call_soon_threadsafe(loaded.set_exception, error)
             return

@@ -8,6 +8,7 @@ import secrets
 import time
 
 import torch
+from torch import Tensor
 
 from cache.stats import CacheStats
 from engine.admission import check_request
@@ -145,6 +146,32 @@ class Engine:
         self._counts["steps_total"] += 1
         self._step_s += time.perf_counter() - started
         return results
+
+    def score(self, token_ids: list[int]) -> Tensor:
+        """Natural-log likelihood of each token but the first, float32 [T - 1]; no prefix is taken from the cache.
+
+        The engine must be idle. Raises `InvalidRequest` for token ids that cannot be a prompt.
+        """
+        if self.has_work:
+            raise RuntimeError("only an idle engine can score")
+        self.add_request("score", token_ids, SamplingParams(temperature=0.0, max_tokens=1))
+        (request,) = self.scheduler.requests
+        budget = self.config.scheduler.max_num_batched_tokens
+        targets = torch.tensor(token_ids)
+        parts: list[Tensor] = []
+        try:
+            while (start := request.num_computed_tokens) < len(token_ids):
+                output = SchedulerOutput({request: min(budget, request.num_new_tokens)})
+                end = start + output.total_num_tokens
+                if not self._blocks.allocate(request, end):
+                    raise InvalidRequest(f"{len(token_ids)} tokens do not fit the KV memory")
+                logits = self._runner.run(output, all_logits=True)
+                self.scheduler.update(output)
+                nexts = targets[start + 1 : end + 1]
+                parts.append(logits[: len(nexts)].log_softmax(-1).gather(1, nexts[:, None])[:, 0])
+        finally:
+            self.abort_request("score")
+        return torch.cat(parts)
 
     def stats(self) -> EngineStats:
         """A snapshot; the state is the caller's to fill in."""

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint
-from engine.errors import ConfigError
+from engine.config import EngineConfig
+from engine.convert import Progress
+from engine.engine import Engine
+from engine.errors import ConfigError, InvalidRequest
 from engine.models import FAMILIES
+from engine.tokenizer import Tokenizer
 
 _COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 SHAPES = {
@@ -103,14 +107,29 @@ class SyntheticCheckpoint(Checkpoint):
         return ()
 
 
-class NumberTokenizer:
+class NumberTokenizer(Tokenizer):
     """Stands in where there is no text: a token is its number."""
 
-    eos_token_id: int | None = None
     has_chat_template = False
+
+    def __init__(self) -> None:
+        self.eos_token_id = None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """'12 7' -> [12, 7]; raises `InvalidRequest` for anything else."""
+        try:
+            return [int(number) for number in text.split()]
+        except ValueError:
+            raise InvalidRequest("a model of random weights takes token ids or their numbers", param="prompt") from None
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(f" {token_id}" for token_id in token_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         return f" {token_id}".encode()
+
+
+def random_engine(shape: str, num_layers: int | None, config: EngineConfig, progress: Progress | None = None) -> Engine:
+    """An engine of random weights; `config.model` names it and is where its packed experts go by default."""
+    checkpoint = SyntheticCheckpoint(shape, num_layers, config.model)
+    return Engine(config, progress, checkpoint=checkpoint, tokenizer=NumberTokenizer())

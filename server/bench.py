@@ -10,7 +10,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from server.remote import RemoteError, post_events
+from server.remote import RemoteError, api_url, authorization, first_model, post_events
 
 _WARM_UP_TOKENS = 4
 
@@ -71,6 +71,28 @@ class Answer:
     num_cached_tokens: int = 0
 
 
+async def bench_server(
+    url: str,
+    workload: Workload,
+    levels: Sequence[tuple[int, int]],
+    *,
+    model: str | None = None,
+    keys: Sequence[str] = (),
+    seed: int | None = None,
+) -> AsyncGenerator[ServingResult, None]:
+    """Measure each (concurrency, number of requests) in turn, after a warm-up. Without `model` the first one served.
+
+    Requests that fail are counted in the results. Raises `RemoteError` if there is no server or the warm-up fails.
+    """
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(headers=authorization(keys), limits=limits, timeout=workload.timeout_s) as client:
+        api = api_url(url)
+        bench = ServingBench(client, api, model or await first_model(client, api), workload, seed=seed)
+        await bench.warm_up()
+        for concurrency, num_requests in levels:
+            yield await bench.run(concurrency, num_requests)
+
+
 class _Details(msgspec.Struct):
     cached_tokens: int | None = None
 
@@ -82,7 +104,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
-    text: str = ""
+    text: str | None = None
     finish_reason: str | None = None
 
 
@@ -114,7 +136,10 @@ class ServingBench:
 
     async def warm_up(self) -> None:
         """One short request that counts for nothing; raises `RemoteError` if not even that works."""
-        await self._ask(self._prompt(), min(_WARM_UP_TOKENS, self._workload.output_tokens))
+        try:
+            await self._ask(self._prompt(), min(_WARM_UP_TOKENS, self._workload.output_tokens))
+        except RemoteError as exc:
+            raise RemoteError(f"the first request failed: {exc}") from exc
 
     async def run(self, concurrency: int, num_requests: int) -> ServingResult:
         """Each of `concurrency` workers sends its next request when its last one has ended, until all are done."""
@@ -188,6 +213,7 @@ def summarized(
     answers: Sequence[Answer],
     errors: Counter[str],
 ) -> ServingResult:
+    """The figures of one concurrency, from the requests that were answered; `errors` counts the others by message."""
     per_token = [(a.chunks_at[-1] - a.chunks_at[0]) / (a.num_tokens - 1) for a in answers if a.num_tokens > 1]
     gaps = [after - before for a in answers for before, after in zip(a.chunks_at, a.chunks_at[1:], strict=False)]
     return ServingResult(

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,12 +26,15 @@ from server.cli_options import (
     Experts,
     Kernels,
     KvMemory,
+    Layers,
     LogLevel,
     MaxModelLen,
     Model,
     PackedDir,
+    RandomShape,
     Seed,
     Threads,
+    check_random,
     directory_of,
     name_of,
     start_logging,
@@ -69,6 +76,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def serve(
     model: Model = "demo",
+    random: RandomShape = None,
+    layers: Layers = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     dtype: Dtype = "auto",
@@ -98,6 +107,7 @@ def serve(
 ) -> None:
     """Serve MODEL over the OpenAI API."""
     start_logging(log_level)
+    check_random(model, random, layers)
     from engine.async_engine import AsyncEngine
     from server.app import create_app
     from server.auth import hash_key
@@ -106,10 +116,13 @@ def serve(
     from server.serve import ShutdownTimes, listen, run
 
     environment = Environment()
-    with listen(host, port) as listener:  # first of all: a port in use is told before anything is loaded
-        names = tuple(served_model_name or [name_of(model)])
+    with (
+        listen(host, port) as listener,  # first of all: a port in use is told before anything is loaded
+        _directory(model, random, layers, environment) as directory,
+    ):
+        names = tuple(served_model_name or [name_of(model) if random is None else directory.name])
         config = EngineConfig(
-            model=directory_of(model, environment),
+            model=directory,
             served_name=names[0],
             dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
             max_model_len=max_model_len,
@@ -130,7 +143,12 @@ def serve(
             max_parallel_prompts=max_num_seqs,
         )
         display = ProgressDisplay()
-        engine = AsyncEngine(config, progress=display)
+        build = None
+        if random is not None:
+            from engine.synthetic import random_engine
+
+            build = partial(random_engine, random, layers)
+        engine = AsyncEngine(config, progress=display, build=build)
         lifecycle = Lifecycle()
         run(
             engine,
@@ -253,6 +271,16 @@ def refactor(
             f"{measured.refactored:.2f} refactored ({measured.ratio:.2f}x)"
         )
     typer.echo(f"{report.out}: {report.active_share:.0%} of each layer active, made in {report.seconds:.0f} s")
+
+
+@contextmanager
+def _directory(model: str, shape: str | None, layers: int | None, environment: Environment) -> Iterator[Path]:
+    """Where the checkpoint is; for random weights a place for their packed experts, which is gone afterwards."""
+    if shape is None:
+        yield directory_of(model, environment)
+        return
+    with tempfile.TemporaryDirectory(prefix="foregate-random-") as scratch:
+        yield Path(scratch) / (f"random-{shape}" if layers is None else f"random-{shape}-{layers}")
 
 
 def _read_keys(path: Path) -> list[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -12,18 +16,32 @@ from engine.config import CacheConfig, EngineConfig
 from engine.errors import ConfigError
 from server.cli_options import (
     KV_MEMORY,
+    TOKEN_IDS,
     Dtype,
     ExpertMemory,
     Experts,
     Kernels,
     KvMemory,
+    Layers,
     LogLevel,
     Model,
+    RandomShape,
     Threads,
+    TokenIds,
+    check_random,
     directory_of,
     start_logging,
 )
 from server.settings import Environment
+
+if TYPE_CHECKING:
+    from server.bench import ServingResult
+
+_HEADER = (
+    f"{'':23} {'':7} {'output':>8}  {'first token, ms':^26}  {'between tokens, ms':^23}  {'answer, s':>12}\n"
+    f"{'at once':>7} {'requests':>8} {'errors':>6} {'wall s':>7} {'tok/s':>8}  "
+    f"{'mean':>8} {'p50':>8} {'p99':>8}  {'mean':>7} {'p50':>7} {'p99':>7}  {'p50':>7} {'p99':>7}"
+)
 
 app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
@@ -36,10 +54,8 @@ def _group() -> None:
 @app.command()
 def offline(
     model: Model = "demo",
-    random: Annotated[
-        str | None, typer.Option(metavar="SHAPE", help="Random weights of a known shape (olmoe, ...) instead of MODEL.")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="With --random: so many layers.")] = None,
+    random: RandomShape = None,
+    layers: Layers = None,
     seqs: Annotated[str, typer.Option(help="Numbers of sequences at once.")] = "1,2,4,8,16,32",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="In each prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=2, help="Of each sequence.")] = 64,
@@ -54,6 +70,7 @@ def offline(
 ) -> None:
     """Prefill and decode tokens per second of the engine alone, without HTTP."""
     start_logging(log_level)
+    check_random(model, random, layers)
     from engine.bench import Workload, bench_offline
     from server.progress import ProgressDisplay
 
@@ -67,7 +84,12 @@ def offline(
     )
     workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     results = bench_offline(
-        config, workload, random_shape=random, num_layers=layers, batch_sizes=_numbers(seqs), progress=ProgressDisplay()
+        config,
+        workload,
+        random_shape=random,
+        num_layers=layers,
+        batch_sizes=_numbers("--seqs", seqs),
+        progress=ProgressDisplay(),
     )
     if not json:
         typer.echo(f"{'seqs':>4} {'prefill tok/s':>14} {'decode tok/s':>13} {'step ms':>8} {'outside':>8} {'stall':>6}")
@@ -81,11 +103,76 @@ def offline(
             )
 
 
-def _numbers(text: str) -> list[int]:
+@app.command()
+def serve(
+    url: Annotated[str, typer.Option(help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Its name in the API [default: the first of /v1/models]")] = None,
+    concurrency: Annotated[str, typer.Option(help="Numbers of requests at once.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="In each prompt.")] = 137,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 64,
+    num_requests: Annotated[
+        int | None, typer.Option(min=1, help="At each concurrency [default: three times that, at least 4]")
+    ] = None,
+    token_ids: TokenIds = TOKEN_IDS,
+    seed: Annotated[int | None, typer.Option(help="Of the prompts [default: others each time]")] = None,
+    api_key: Annotated[str | None, typer.Option(help="What to present [default: FOREGATE_API_KEY]")] = None,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may take.")] = 600.0,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Tokens per second and latencies of a running server, ours or another with OpenAI's API."""
+    start_logging(log_level)
+    from server.bench import Workload, bench_server
+
+    levels = [(at_once, num_requests or max(4, 3 * at_once)) for at_once in _numbers("--concurrency", concurrency)]
+    if num_requests is not None and num_requests < max(levels)[0]:
+        raise ConfigError(f"--num-requests {num_requests} cannot keep {max(levels)[0]} busy; raise it to that at least")
+    workload = Workload(
+        prompt_tokens=prompt_tokens, output_tokens=output_tokens, token_ids=token_ids, timeout_s=timeout
+    )
+    keys = Environment().api_keys if api_key is None else [api_key]
+    results = bench_server(url, workload, levels, model=model, keys=keys, seed=seed)
+    if not asyncio.run(_tell(results, json=json)):
+        raise typer.Exit(1)
+
+
+async def _tell(results: AsyncGenerator[ServingResult, None], *, json: bool) -> bool:
+    """Print results as they come, and on stderr what spoils them; False if any request failed."""
+    header = None if json else _HEADER
+    all_well = True
+    async with aclosing(results):
+        async for r in results:
+            if header is not None:
+                typer.echo(header)
+                header = None
+            typer.echo(msgspec.json.encode(r).decode() if json else _row(r))
+            if r.num_errors:
+                all_well = False
+                reasons = "; ".join(f"{times} x {reason}" for reason, times in Counter(r.errors).most_common(3))
+                typer.echo(f"error: {r.num_errors} of {r.num_requests} requests failed: {reasons}", err=True)
+            if r.num_cached_tokens:
+                typer.echo(
+                    f"warning: the server had {r.num_cached_tokens} prompt tokens in its cache; take another --seed",
+                    err=True,
+                )
+    return all_well
+
+
+def _row(r: ServingResult) -> str:
+    first, between, whole = r.ttft_s, r.inter_token_s, r.latency_s
+    return (
+        f"{r.concurrency:7} {r.num_requests:8} {r.num_errors:6} {r.wall_s:7.1f} {r.output_tokens_per_s:8.1f}  "
+        f"{first.mean * 1e3:8.1f} {first.p50 * 1e3:8.1f} {first.p99 * 1e3:8.1f}  "
+        f"{between.mean * 1e3:7.1f} {between.p50 * 1e3:7.1f} {between.p99 * 1e3:7.1f}  "
+        f"{whole.p50:7.2f} {whole.p99:7.2f}"
+    )
+
+
+def _numbers(option: str, text: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise ConfigError(f"--seqs {text!r} is not a list of numbers; write it like 1,8,32")
+        raise ConfigError(f"{option} {text!r} is not a list of numbers; write it like 1,8,32")
     return numbers

@@ -22,6 +22,13 @@ def _size(text: str) -> int:
         raise typer.BadParameter(str(exc)) from None
 
 
+def _ids(text: str) -> range:
+    first, _, last = text.partition("-")
+    if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and int(first) <= int(last)):
+        raise typer.BadParameter(f"cannot read token ids {text!r}; write them like 1000-29999")
+    return range(int(first), int(last) + 1)
+
+
 def _size_option(text: str) -> Any:
     return typer.Option(parser=_size, metavar="SIZE", help=text)
 
@@ -37,9 +44,16 @@ CachePolicy = Annotated[str, typer.Option(help="Which experts stay in memory.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads for arithmetic [default: one a core].")]
 Kernels = Annotated[str, typer.Option(help="auto, native or reference (slow, for comparison).")]
 Seed = Annotated[int | None, typer.Option(help="For requests that bring none [default: random].")]
+RandomShape = Annotated[
+    str | None,
+    typer.Option("--random", metavar="SHAPE", help="Random weights of a known shape (olmoe, ...) instead of MODEL."),
+]
+Layers = Annotated[int | None, typer.Option(min=1, help="With --random: so many layers.")]
+TokenIds = Annotated[range, typer.Option(parser=_ids, metavar="FIRST-LAST", help="What prompts are drawn from.")]
 LogLevel = Annotated[str, typer.Option(help=f"One of {', '.join(LOG_LEVELS)}.")]
 
 KV_MEMORY: Any = "512MiB"  # typer passes defaults through the parser
+TOKEN_IDS: Any = "1000-29999"  # no special tokens, and within the vocabularies of today
 
 
 def directory_of(model: str, environment: Environment) -> Path:
@@ -55,6 +69,16 @@ def directory_of(model: str, environment: Environment) -> Path:
 
 def name_of(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def check_random(model: str, shape: str | None, layers: int | None) -> None:
+    """Refuse what would not be honoured beside --random or without it."""
+    from engine import hub
+
+    if shape is None and layers is not None:
+        raise typer.BadParameter("needs --random", param_hint="--layers")
+    if shape is not None and model != hub.DEMO:
+        raise typer.BadParameter("--random stands in for it; leave it out", param_hint="MODEL")
 
 
 def start_logging(level: str) -> None:

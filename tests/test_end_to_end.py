@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -87,6 +88,16 @@ def test_completions_take_text_and_token_ids_alike(client: openai.OpenAI, server
     assert answers[0].text == answers[1].text
     assert answers[0].logprobs is not None
     assert len(answers[0].logprobs.tokens or []) == 6
+
+
+def test_the_bench_measures_a_running_server(server: Server):
+    options = ["--concurrency", "1,3", "--prompt-tokens", "20", "--output-tokens", "4", "--json"]
+    command = [*FOREGATE, "bench", "serve", "--url", server.url, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(r["model"], r["concurrency"], r["num_requests"]) for r in results] == [("demo", 1, 4), ("demo", 3, 9)]
+    assert all(r["num_errors"] == r["num_cached_tokens"] == 0 for r in results)
+    assert all(r["output_tokens_per_s"] > 0 for r in results)
 
 
 def test_half_of_the_expert_memory_gives_the_same_answer(client: openai.OpenAI, tmp_path: Path):

@@ -21,6 +21,7 @@ SERVER_MAY_SEE = {
     "engine.messages",
     "engine.refactor.command",
     "engine.sampling_params",
+    "engine.synthetic",
     "engine.threads",
     "cache.packed_file",
     "cache.stats",

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from engine import synthetic
+from engine.async_engine import AsyncEngine
 from engine.bench import Workload, bench_offline
 from engine.config import CacheConfig, EngineConfig
-from engine.errors import ConfigError
-from engine.synthetic import SyntheticCheckpoint
+from engine.errors import ConfigError, InvalidRequest
+from engine.sampling_params import SamplingParams
+from engine.synthetic import SyntheticCheckpoint, random_engine
 
 TINY = synthetic.SHAPES["olmoe"] | {
     "vocab_size": 96,
@@ -48,3 +51,25 @@ def test_the_bench_reports_each_batch_size_with_shares_that_can_be(monkeypatch):
         assert r.prefill_tokens_per_s > 0
         assert 0 < r.outside_kernels < 1
         assert 0 <= r.stall < 1
+
+
+async def test_random_weights_are_served_like_a_checkpoint_with_numbers_for_text(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", TINY)
+    config = EngineConfig(model=tmp_path / "random", kv_memory_nbytes=2**22, kernels="reference")
+    engine = AsyncEngine(config, build=partial(random_engine, "tiny", 2))
+    await engine.start()
+    try:
+        prompt = await engine.encode("12 7 95")
+        params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+        outputs = [output async for output in engine.generate("a", prompt, params)]
+        tokens = [token_id for output in outputs for token_id in output.token_ids]
+        assert len(tokens) == 5
+        assert "".join(output.text for output in outputs) == await engine.decode(tokens)
+        assert engine.info.name == "random"
+        with pytest.raises(InvalidRequest, match="token ids or their numbers"):
+            await engine.encode("hello")
+        with pytest.raises(InvalidRequest, match="no chat template"):
+            await engine.render_chat([{"role": "user", "content": "hi"}])
+        engine.check_integrity()
+    finally:
+        await engine.stop()

@@ -18,45 +18,18 @@ import engine.hub
 import server.chat_terminal
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
-from server import cli
 from tests.server.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[2]
 
 
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def foregate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """`foregate("serve", ...)` in this process, with its own FOREGATE_HOME."""
-    monkeypatch.setenv("FOREGATE_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("FOREGATE_API_KEY", raising=False)
-    # the root logger is pytest's
-    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
-
-    def call(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["foregate", *args])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as exc:
-            code = exc.code or 0
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return call
-
-
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    """The engine that commands get; `fake.config` is what they asked for."""
+    """The engine that commands get; `fake.config` and `fake.build` are what they asked for."""
     made = FakeEngine()
 
-    def make(config: EngineConfig, *, progress: Any = None) -> FakeEngine:
-        made.config = config  # type: ignore[attr-defined]
+    def make(config: EngineConfig, *, progress: Any = None, build: Any = None) -> FakeEngine:
+        made.config, made.build = config, build  # type: ignore[attr-defined]
         return made
 
     monkeypatch.setattr(engine.async_engine, "AsyncEngine", make)
@@ -75,6 +48,9 @@ def test_the_version_is_printed(foregate: Any) -> None:
         ("serve", "--port", "99999"),
         ("serve", "--max-num-seqs", "0"),
         ("serve", "--log-level", "loud"),
+        ("serve", "--layers", "2"),
+        ("serve", ".", "--random", "olmoe"),
+        ("bench", "offline", "--layers", "2"),
         ("serve", "--nonsense"),
         ("nonsense",),
     ],
@@ -137,6 +113,17 @@ def test_without_options_the_engine_decides(foregate: Any, fake: FakeEngine, tmp
     foregate("serve", str(tmp_path), "--port", "0")
     config: EngineConfig = fake.config  # type: ignore[attr-defined]
     assert config == EngineConfig(model=tmp_path, served_name=tmp_path.name)
+
+
+def test_random_weights_take_the_place_of_a_checkpoint_and_leave_nothing_behind(
+    foregate: Any, fake: FakeEngine
+) -> None:
+    fake.start_error = ConfigError("far enough")
+    foregate("serve", "--random", "olmoe", "--layers", "2", "--port", "0")
+    config: EngineConfig = fake.config  # type: ignore[attr-defined]
+    assert fake.build.args == ("olmoe", 2)  # type: ignore[attr-defined]
+    assert config.served_name == config.model.name == "random-olmoe-2"
+    assert not config.model.parent.exists()
 
 
 def test_chat_once_answers_with_the_engine_in_process(foregate: Any, fake: FakeEngine, tmp_path: Path) -> None:
