@@ -19,8 +19,9 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from kernels.backend import Records, Routing
+from kernels.backend import AttentionShape, Records, Routing, Sequences
 from kernels.cpu.native import NativeBackend
+from kernels.quant.blocked import packed_nbytes
 from kernels.quant.formats import FORMATS, ExpertWeights
 
 SHAPES = {  # hidden, intermediate, experts, active
@@ -29,6 +30,13 @@ SHAPES = {  # hidden, intermediate, experts, active
     "mixtral": (4096, 14336, 8, 2),
     "demo": (576, 64, 16, 12),
 }
+HEADS = {  # query heads, kv heads, head size
+    "olmoe": (16, 16, 128),
+    "qwen3-30b-a3b": (32, 4, 128),
+    "mixtral": (32, 8, 128),
+    "demo": (9, 3, 64),
+}
+ATTENTION = ((1, 1024, 1), (1, 8192, 1), (32, 1024, 1), (1, 512, 512))  # sequences, context, new rows of each
 WORKING_SET_NBYTES = 512 * 1024**2
 
 
@@ -89,10 +97,66 @@ def expert_contender(
     return Contender(f"foregate {format} expert", run, weights_nbytes, 2.0 * products * rows), num_records
 
 
+def linear_contender(backend: NativeBackend, format: str, shape: tuple[int, int, int, int], rows: int) -> Contender:
+    """One dense product, of the very size of the alternatives' below."""
+    hidden, _, _, _ = shape
+    outputs = dense_outputs(shape)
+    num_copies = max(1, min(4, WORKING_SET_NBYTES // 2 // (outputs * hidden)))
+    weight = torch.randn(outputs, hidden) * hidden**-0.5
+    linears = cycle([backend.make_linear(weight, None, format) for _ in range(num_copies)])
+    x = torch.randn(rows, hidden)
+    nbytes = packed_nbytes(format, outputs, hidden)
+    return Contender(f"foregate {format} linear", lambda: next(linears)(x), nbytes, 2.0 * rows * outputs * hidden)
+
+
+def dense_outputs(shape: tuple[int, int, int, int]) -> int:
+    """As many as gate, up and down of one token's experts have together."""
+    _, inner, _, active = shape
+    return 3 * inner * active // 64 * 64
+
+
+def attention_contender(
+    backend: NativeBackend, dtype: torch.dtype, heads: tuple[int, int, int], num_seqs: int, context: int, rows: int
+) -> Contender:
+    """The last `rows` tokens of each of `num_seqs` sequences of `context` tokens. Its nbytes are those of the KV read.
+
+    Projections are part of the call; with 64 hidden components they are about a hundredth of it.
+    """
+    num_heads, num_kv_heads, dim = heads
+    angles = torch.rand(context, dim)
+    shape = AttentionShape(num_heads, num_kv_heads, dim, "none", 1e-5, None, None, None, angles.cos(), angles.sin())
+    qkv = backend.make_linear(torch.randn((num_heads + 2 * num_kv_heads) * dim, 64) / 8, None, "bf16")
+    output = backend.make_linear(torch.randn(64, num_heads * dim), None, "bf16")
+    attention = backend.make_attention(shape, torch.ones(64), qkv, output)
+    blocks_each = -(-context // 16)
+    order = torch.randperm(num_seqs * blocks_each).int()
+    keys = torch.randn(num_seqs * blocks_each, num_kv_heads, dim, 16).to(dtype)
+    values = torch.randn(num_seqs * blocks_each, num_kv_heads, 16, dim).to(dtype)
+    positions = torch.arange(context - rows, context)
+    slots = order.view(num_seqs, -1)[:, positions // 16] * 16 + positions % 16
+    sequences = Sequences(
+        positions=positions.repeat(num_seqs).int(),
+        slots=slots.flatten().int(),
+        row_begin=torch.arange(0, num_seqs * rows + 1, rows).int(),
+        context=torch.full((num_seqs,), context).int(),
+        block_begin=torch.arange(0, len(order) + 1, blocks_each).int(),
+        blocks=order,
+    )
+    residual = torch.randn(num_seqs * rows, 64)
+    nbytes = 2.0 * num_seqs * context * num_kv_heads * dim * dtype.itemsize
+    pairs = num_seqs * rows * (context - (rows - 1) / 2)
+    return Contender(
+        f"attention {str(dtype).removeprefix('torch.')} {num_seqs} x {rows} of {context}",
+        lambda: attention(residual, keys, values, sequences),
+        nbytes,
+        4.0 * pairs * num_heads * dim,
+    )
+
+
 def alternatives(shape: tuple[int, int, int, int], rows: int) -> Iterator[Contender]:
     """torch's own products of the same size as one call's: [rows, H] x [H, 3 * I * active] in one piece."""
-    hidden, inner, _, active = shape
-    outputs = 3 * inner * active // 64 * 64
+    hidden = shape[0]
+    outputs = dense_outputs(shape)
     num_copies = max(1, min(8, WORKING_SET_NBYTES // 2 // (outputs * hidden)))
     flops = 2.0 * rows * hidden * outputs
     x = torch.randn(rows, hidden)
@@ -136,11 +200,12 @@ def alternatives(shape: tuple[int, int, int, int], rows: int) -> Iterator[Conten
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--kernel", choices=["expert", "linear", "attention", "all"], default="expert")
     parser.add_argument("--format", choices=[*FORMATS, "all"], default="all")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256,512")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--isa", default="")
+    parser.add_argument("--isa", default="", help="amx, avx512, avx2 or portable [default: the best here]")
     parser.add_argument("--no-alternatives", action="store_true")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     args = parser.parse_args()
@@ -148,38 +213,55 @@ def main() -> None:
     backend = NativeBackend(args.threads, args.isa)
     memory = torch.ones(WORKING_SET_NBYTES, dtype=torch.uint8)  # not zeros: unwritten pages are all one page
     read = Contender("streaming read", lambda: backend.read(memory), memory.numel(), 0.0)
+    kernels = ["expert", "linear", "attention"] if args.kernel == "all" else [args.kernel]
+    formats = [f for f in FORMATS if args.format in (f, "all")]
     if not args.json:
         print(f"{backend.isa}, {args.threads} threads; medians of {args.rounds} rounds")
-        print(f"{'shape':14} {'rows':>4}  {'what':24} {'us':>10} {'GB/s':>7} {'GFLOP/s':>8} {'of read':>8}")
+        print(f"{'shape':14} {'rows':>4}  {'what':32} {'us':>10} {'GB/s':>7} {'GFLOP/s':>8} {'of read':>8}")
     for shape_name, shape in SHAPES.items():
         if args.shape not in (shape_name, "all"):
             continue
-        for rows in map(int, args.rows.split(",")):
-            formats = [f for f in FORMATS if args.format in (f, "all")]
-            contenders = [read, *(expert_contender(backend, f, shape, rows)[0] for f in formats)]
+        for rows in map(int, args.rows.split(",")) if {"expert", "linear"} & set(kernels) else ():
+            contenders = [read]
+            if "expert" in kernels:
+                contenders += [expert_contender(backend, f, shape, rows)[0] for f in formats]
+            if "linear" in kernels:
+                contenders += [linear_contender(backend, f, shape, rows) for f in formats if f != "int4"]
             if not args.no_alternatives:
                 contenders += alternatives(shape, rows)
-            seconds = measure(contenders, args.rounds)
-            roof = read.nbytes / seconds[read.name]
-            for c in contenders:
-                s = seconds[c.name]
-                row = {
-                    "shape": shape_name,
-                    "rows": rows,
-                    "what": c.name,
-                    "us": s * 1e6,
-                    "gb_per_s": c.nbytes / s / 1e9,
-                    "gflop_per_s": c.flops / s / 1e9,
-                    "of_streaming_read": c.nbytes / s / roof,
-                }
-                if args.json:
-                    print(json.dumps(row), flush=True)
-                else:
-                    print(
-                        f"{shape_name:14} {rows:4}  {c.name:24} {row['us']:10.1f} {row['gb_per_s']:7.1f} "
-                        f"{row['gflop_per_s']:8.0f} {row['of_streaming_read']:8.2f}",
-                        flush=True,
-                    )
+            _report(contenders, args.rounds, shape_name, rows, as_json=args.json)
+        if "attention" in kernels:
+            for num_seqs, context, rows in ATTENTION:
+                contenders = [read]
+                for dtype in (torch.float32, torch.bfloat16):
+                    at = (num_seqs, context, rows)
+                    contenders.append(attention_contender(backend, dtype, HEADS[shape_name], *at))
+                _report(contenders, args.rounds, shape_name, rows, as_json=args.json)
+
+
+def _report(contenders: list[Contender], rounds: int, shape_name: str, rows: int, *, as_json: bool) -> None:
+    """Measure and print; the first contender is the streaming read."""
+    seconds = measure(contenders, rounds)
+    roof = contenders[0].nbytes / seconds[contenders[0].name]
+    for c in contenders:
+        s = seconds[c.name]
+        row = {
+            "shape": shape_name,
+            "rows": rows,
+            "what": c.name,
+            "us": s * 1e6,
+            "gb_per_s": c.nbytes / s / 1e9,
+            "gflop_per_s": c.flops / s / 1e9,
+            "of_streaming_read": c.nbytes / s / roof,
+        }
+        if as_json:
+            print(json.dumps(row), flush=True)
+        else:
+            print(
+                f"{shape_name:14} {rows:4}  {c.name:32} {row['us']:10.1f} {row['gb_per_s']:7.1f} "
+                f"{row['gflop_per_s']:8.0f} {row['of_streaming_read']:8.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -7,28 +7,35 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 SPAN = 256  # inputs of a row that share a scale where activations are rounded to 8 bits
+OUTLIER = 6.0  # times a span's root mean square: beyond it dense layers round to 16
 BLOCK_SIZE = 16  # tokens in a block of the KV cache
 
 
-def round_activations(x: Tensor, format: str) -> Tensor:
+def round_activations(x: Tensor, format: str, *, is_dense: bool = False) -> Tensor:
     """x [..., K] as products of this weight format see it, float32.
 
-    float32: as it is; bf16: rounded to bf16; int8, int4: 8 bits per row and span of 256, scale = largest / 127.
+    float32: as it is; bf16: rounded to bf16; int8, int4: 8 bits per row and span of 256, scale = largest / 127. In
+    dense int8 layers a span whose largest is above OUTLIER times its root mean square has 16 bits, 256 steps for one.
     """
     if format == "float32":
         return x.float()
     if format == "bf16":
         return x.to(torch.bfloat16).float()
     num_inputs = x.shape[-1]
-    groups: Tensor = F.pad(x.float(), (0, -num_inputs % SPAN)).unflatten(-1, (-1, SPAN))
-    largest = groups.abs().amax(-1, keepdim=True)
-    q = torch.where(largest > 0, groups * (127.0 / largest), 0.0).round_()
-    return (q * (largest / 127.0)).flatten(-2)[..., :num_inputs]
+    spans: Tensor = F.pad(x.float(), (0, -num_inputs % SPAN)).unflatten(-1, (-1, SPAN))
+    largest = spans.abs().amax(-1, keepdim=True)
+    steps = torch.full_like(largest, 127.0)
+    if is_dense and format == "int8":
+        widths = F.pad(torch.ones(num_inputs), (0, -num_inputs % SPAN)).view(-1, SPAN).sum(-1, keepdim=True)
+        is_outlier = largest.square() * widths > OUTLIER**2 * spans.square().sum(-1, keepdim=True)
+        steps = torch.where(is_outlier, 127.0 * 256.0, steps)
+    q = torch.where(largest > 0, spans * (steps / largest), 0.0).round_()
+    return (q * (largest / steps)).flatten(-2)[..., :num_inputs]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, format: str) -> Tensor:
     """x [n, K], weight float32 [N, K] as unpacked from `format` -> float32 [n, N]."""
-    return F.linear(round_activations(x, format), weight, bias)
+    return F.linear(round_activations(x, format, is_dense=True), weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

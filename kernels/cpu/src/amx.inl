@@ -36,38 +36,38 @@ struct PendingSpan {
     int run = -1;
 };
 
-// Adds one span to the sums of all rows in `values`. weights: int8 blocks [pieces, 16, 64].
-static inline void amx_add_span(const Shape& shape, const uint8_t* const* weights, int num_blocks, int span, int num_pieces,
-                                const F16* factors, const RowSpan* runs, int num_runs, uint8_t* memory, float* values) {
+// Adds one span to the sums of all rows in `values`.
+static void add_spans(const Shape& shape, const SpanOfWeights& weights, const RowSpan* runs, int num_runs, uint8_t* memory,
+                      float* values, bool low) {
     PendingSpan pending[2];
-    const int begin = runs[0].first;
+    auto rows_of = [&](int t) { return SpanOfRows(Tile(shape, memory + runs[t].at, runs[t].num_rows), weights.span, low); };
     auto finish = [&](const PendingSpan& done) {
-        for (int i = 0; i < 2 && done.run + i < num_runs; ++i) {
-            const int num_rows = runs[done.run + i].num_rows;
-            const Tile x(shape, memory + runs[done.run + i].at, num_rows);
-            for (int b = 0; b < num_blocks; ++b) {
-                float* to = values_at(values, runs[done.run + i].first - begin, num_rows, b, 0);
-                const int32_t* from = done.sums[i * 2 + b];
+        for (int t = done.run; t < std::min(num_runs, done.run + 2); ++t) {
+            const int num_rows = runs[t].num_rows;
+            const SpanOfRows x = rows_of(t);
+            for (int b = 0; b < weights.num_blocks; ++b) {
+                float* to = values_at(values, runs[t].first - runs[0].first, num_rows, b, 0);
+                const int32_t* from = done.sums[(t - done.run) * 2 + b];
                 for (int r = 0; r < num_rows; ++r, to += kLanes, from += kLanes) {
-                    const I16 sum = i_add(i_load(from), i_set1(x.correction[span * num_rows + r]));
-                    const F16 scaled = f_mul(factors[b], f_set1(x.scales[span * num_rows + r]));
-                    f_store(to, f_fma(f_from_i(sum), scaled, f_load(to)));
+                    const I16 sum = i_add(i_load(from), i_set1(x.correction[r]));
+                    f_store(to, f_fma(f_from_i(sum), f_mul(weights.factors[b], f_set1(x.scales[r])), f_load(to)));
                 }
             }
         }
     };
     Tiles tiles;
     asm volatile("" ::: "memory");  // tile loads do not tell the compiler that they read memory
-    const uint8_t *w0 = weights[0], *w1 = weights[num_blocks - 1];
+    const uint8_t *w0 = weights.blocks[0], *w1 = weights.blocks[weights.num_blocks - 1];
+    const int num_pieces = weights.num_pieces;
     for (int t = 0; t < num_runs; t += 2) {
         const int rows0 = runs[t].num_rows, rows1 = t + 1 < num_runs ? runs[t + 1].num_rows : 0;
         tiles.configure(rows0, rows1);
-        const uint8_t* x0 = memory + runs[t].at + (size_t)span * kSpanPieces * rows0 * 64;
+        const uint8_t* x0 = rows_of(t).chunks;
         PendingSpan& now = pending[t / 2 % 2];
         _tile_zero(0);
         _tile_zero(1);
         if (rows1) {
-            const uint8_t* x1 = memory + runs[t + 1].at + (size_t)span * kSpanPieces * rows1 * 64;
+            const uint8_t* x1 = rows_of(t + 1).chunks;
             _tile_zero(2);
             _tile_zero(3);
             for (int p = 0; p < num_pieces; ++p) {

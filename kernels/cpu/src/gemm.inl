@@ -31,7 +31,7 @@ static void cut_runs(const Shape& shape, int begin, int end, std::vector<RowSpan
 }
 
 static void linear(ThreadPool& pool, const LinearCall& call) {
-    const Shape shape(call.format, call.num_inputs);
+    const Shape shape(call.format, call.num_inputs, true);
     static std::vector<RowSpan> runs;
     runs.clear();
     size_t total = 0;

@@ -10,9 +10,11 @@
 // pieces. A nibble u of a group stands for (u * step + base - 128) * scale, and u * step + base is a byte: so an int4
 // matrix is an int8 matrix in fewer bits, and may be computed as either. Rows and inputs beyond N and K are zeros.
 //
-// Activations of integer formats are quantised per row and span. A span's sum of products is a whole number below 2^24,
-// so it is the same float however it is come by; spans are then added in order. In the other formats every (row, output)
-// is one chain of operations in input order. Hence the same bits for any number of rows, whichever path takes them.
+// Activations of integer formats are quantised per row and span, to 8 bits; where a dense layer's span has an outlier
+// that would leave too few of them to the rest, to 16, as a high and a low byte. A span's sum of products with either is
+// a whole number below 2^24, so it is the same float however it is come by; those are then added in order. In the other
+// formats every (row, output) is one chain of operations in input order. Hence the same bits for any number of rows,
+// whichever path takes them.
 
 constexpr int kPiece = 64;       // inputs in one piece of a block
 constexpr int kGroup = 32;       // inputs that share a step and a base
@@ -20,6 +22,8 @@ constexpr int kSpanPieces = 4;   // pieces that share a scale
 constexpr int kLanes = 16;       // outputs in one block
 constexpr int kTile = 16;        // rows at most that lie together, piece by piece
 constexpr int kPair = 2;         // blocks at most in one product
+constexpr float kLow = 1.0f / 256.0f;  // a low byte's worth beside a high one's
+constexpr float kOutlier = 6.0f; // times the root mean square: a span with more than that gets low bytes
 #if defined(FG_AVX512)
 constexpr int kFewRows = 8;      // rows whose sums of every kind stay in registers
 constexpr int kManyRows = 16;    // rows whose innermost sums stay in registers
@@ -34,9 +38,11 @@ static inline bool is_integer(int format) { return format == kInt4 || format == 
 // A packed matrix' sizes.
 struct Shape {
     int format, num_inputs, num_pieces, num_spans;
+    bool has_low;  // activations may have low bytes
     size_t piece_nbytes, block_nbytes;
 
-    Shape(int format, int num_inputs) : format(format), num_inputs(num_inputs) {
+    Shape(int format, int num_inputs, bool is_dense = false)
+        : format(format), num_inputs(num_inputs), has_low(is_dense && format == kInt8) {
         num_pieces = ceil_div(num_inputs, kPiece);
         num_spans = is_integer(format) ? ceil_div(num_pieces, kSpanPieces) : 0;
         piece_nbytes = format == kInt4 ? 576 : format == kInt8 ? 1024 : format == kBf16 ? 2048 : 4096;
@@ -46,7 +52,8 @@ struct Shape {
     // 64-byte chunks of activations in a piece: 64 int8, 32 bf16 or 16 float32
     int num_chunks() const { return num_pieces * (format == kFloat32 ? 4 : format == kBf16 ? 2 : 1); }
     size_t tile_nbytes(int num_rows) const {
-        const size_t row = (size_t)num_chunks() * 64 + num_spans * 8 + (format == kInt4 ? num_pieces * 4 : 0);
+        size_t row = (size_t)num_chunks() * 64 + num_spans * 8 + (format == kInt4 ? num_pieces * 4 : 0);
+        if (has_low) row += (size_t)num_chunks() * 64 + num_spans * 5;
         return (num_rows * row + 63) / 64 * 64;
     }
 };
@@ -60,11 +67,23 @@ struct Tile {
     float* scales;        // [num_spans, num_rows], integer formats
     int32_t* correction;  // [num_spans, num_rows] -128 times the span's sum, integer formats
     int32_t* pairs;       // [num_pieces, num_rows] sums of a piece's two groups, 16 bits each, int4
+    // of shapes that have low bytes, a 256th as large:
+    uint8_t* low_chunks;      // as chunks; zeros in rows without
+    int32_t* low_correction;  // as correction
+    uint8_t* low_is_there;    // [num_spans, num_rows]
 
     Tile(const Shape& shape, uint8_t* memory, int num_rows) : num_rows(num_rows), chunks(memory) {
-        scales = (float*)(memory + (size_t)shape.num_chunks() * 64 * num_rows);
+        low_chunks = memory + (size_t)shape.num_chunks() * 64 * num_rows;
+        scales = (float*)(low_chunks + (shape.has_low ? (size_t)shape.num_chunks() * 64 * num_rows : 0));
         correction = (int32_t*)scales + shape.num_spans * num_rows;
-        pairs = correction + shape.num_spans * num_rows;
+        low_correction = correction + shape.num_spans * num_rows;
+        pairs = low_correction;  // no format has both
+        low_is_there = (uint8_t*)(low_correction + shape.num_spans * num_rows);
+    }
+    bool span_has_low(const Shape& shape, int span) const {
+        if (!shape.has_low) return false;
+        const uint8_t* rows = low_is_there + span * num_rows;
+        return std::any_of(rows, rows + num_rows, [](uint8_t is_there) { return is_there != 0; });
     }
 };
 
@@ -79,31 +98,50 @@ static inline F16 load_inputs(const float* x, int k, int num_inputs) {
 static void put_span(const Shape& shape, const float* x, const Tile& tile, int span, int r) {
     const int first = span * kSpanPieces, last = std::min(shape.num_pieces, first + kSpanPieces);
     F16 values[kSpanPieces * 4];
-    F16 top = f_zero();
+    F16 top = f_zero(), squares = f_zero();
     const int num = (last - first) * 4;
     for (int i = 0; i < num; ++i) {
         values[i] = load_inputs(x, first * kPiece + i * kLanes, shape.num_inputs);
         top = f_max(top, f_abs(values[i]));
+        if (shape.has_low) squares = f_fma(values[i], values[i], squares);
     }
     const float largest = f_top(top), scale = largest / 127.0f;
-    const F16 inverse = f_set1(scale > 0.0f ? 127.0f / largest : 0.0f);
+    const int width = std::min(shape.num_inputs, last * kPiece) - first * kPiece;
+    const bool has_low = shape.has_low && largest * largest * width > kOutlier * kOutlier * f_sum(squares);
+    const F16 inverse = f_set1(scale > 0.0f ? (has_low ? 127.0f * 256.0f : 127.0f) / largest : 0.0f);
     int32_t sum = 0;
+    I16 low_sum = i_set1(0);
     for (int p = first; p < last; ++p) {
-        int8_t* chunk = (int8_t*)tile.chunks + ((size_t)p * tile.num_rows + r) * 64;
+        const size_t at = ((size_t)p * tile.num_rows + r) * 64;
         int32_t group_sums[2];
         for (int g = 0; g < 2; ++g) {
-            const F16* v = values + (p - first) * 4 + g * 2;
-            const I16 a = i_from_f(f_mul(v[0], inverse)), b = i_from_f(f_mul(v[1], inverse));
-            i_store_s8(chunk + g * kGroup, a);
-            i_store_s8(chunk + g * kGroup + kLanes, b);
-            group_sums[g] = i_sum(i_add(a, b));
+            I16 group_sum = i_set1(0);
+            for (int i = 0; i < 2; ++i) {
+                I16 q = i_from_f(f_mul(values[(p - first) * 4 + g * 2 + i], inverse));
+                const size_t to = at + g * kGroup + i * kLanes;
+                if (has_low) {
+                    const I16 high = i_round_shift8(q), low = i_sub(q, i_shift8(high));
+                    i_store_s8((int8_t*)tile.low_chunks + to, low);
+                    low_sum = i_add(low_sum, low);
+                    q = high;
+                }
+                i_store_s8((int8_t*)tile.chunks + to, q);
+                group_sum = i_add(group_sum, q);
+            }
+            group_sums[g] = i_sum(group_sum);
         }
+        if (shape.has_low && !has_low) memset(tile.low_chunks + at, 0, 64);
         sum += group_sums[0] + group_sums[1];
         if (shape.format == kInt4)
             tile.pairs[p * tile.num_rows + r] = (int32_t)((uint32_t)group_sums[0] & 0xffff) | group_sums[1] * 65536;
     }
-    tile.scales[span * tile.num_rows + r] = scale;
-    tile.correction[span * tile.num_rows + r] = -128 * sum;
+    const int at = span * tile.num_rows + r;
+    tile.scales[at] = scale;
+    tile.correction[at] = -128 * sum;
+    if (shape.has_low) {
+        tile.low_correction[at] = -128 * i_sum(low_sum);
+        tile.low_is_there[at] = has_low;
+    }
 }
 
 // Put x [num_inputs] into a tile as its row r.
@@ -175,30 +213,42 @@ static inline void product_int4(const Shape& shape, const uint8_t* w, const Tile
     for (int r = 0; r < R; ++r) out[r] = sum[r];
 }
 
+// One span of an int8 block with R rows of chunks: two chains, so that latency does not bind at one row.
+template <int R>
+static inline void sum_span(const uint8_t* w, int num_pieces, const uint8_t* chunk, size_t stride, const int32_t* correction,
+                            I16 out[R]) {
+    I16 odd[R];
+    for (int r = 0; r < R; ++r) {
+        out[r] = i_set1(correction[r]);
+        odd[r] = i_set1(0);
+    }
+    for (int p = 0; p < num_pieces; ++p, w += 1024, chunk += stride)
+        for (int c = 0; c < 16; c += 2) {
+            prefetch(w + 3072 + c * 64);
+            prefetch(w + 3072 + c * 64 + 64);
+            const B64 even_w = b_load(w + c * 64), odd_w = b_load(w + c * 64 + 64);
+            for (int r = 0; r < R; ++r) out[r] = dot4(out[r], even_w, word_at(chunk + r * 64 + c * 4));
+            for (int r = 0; r < R; ++r) odd[r] = dot4(odd[r], odd_w, word_at(chunk + r * 64 + c * 4 + 4));
+        }
+    for (int r = 0; r < R; ++r) out[r] = i_add(out[r], odd[r]);
+}
+
 template <int R>
 static inline void product_int8(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
     const size_t stride = (size_t)x.num_rows * 64;
-    const uint8_t* chunk = x.chunks + first * 64;
-    const uint8_t* scale = shape.scales(w);
     F16 sum[R];
     for (int r = 0; r < R; ++r) sum[r] = f_zero();
-    for (int s = 0, p = 0; s < shape.num_spans; ++s) {
-        I16 acc[2][R];  // two chains, so that latency does not bind at one row
-        for (int r = 0; r < R; ++r) {
-            acc[0][r] = i_set1(x.correction[s * x.num_rows + first + r]);
-            acc[1][r] = i_set1(0);
-        }
-        for (const int end = std::min(shape.num_pieces, p + kSpanPieces); p < end; ++p, w += 1024, chunk += stride)
-            for (int c = 0; c < 16; c += 2) {
-                prefetch(w + 3072 + c * 64);
-                prefetch(w + 3072 + c * 64 + 64);
-                const B64 even = b_load(w + c * 64), odd = b_load(w + c * 64 + 64);
-                for (int r = 0; r < R; ++r) acc[0][r] = dot4(acc[0][r], even, word_at(chunk + r * 64 + c * 4));
-                for (int r = 0; r < R; ++r) acc[1][r] = dot4(acc[1][r], odd, word_at(chunk + r * 64 + c * 4 + 4));
-            }
-        const F16 factor = f_from_bf16(scale + s * 32);
-        for (int r = 0; r < R; ++r)
-            sum[r] = f_fma(f_from_i(i_add(acc[0][r], acc[1][r])), f_mul(factor, f_set1(x.scales[s * x.num_rows + first + r])), sum[r]);
+    for (int s = 0; s < shape.num_spans; ++s) {
+        const int p = s * kSpanPieces, num_pieces = std::min(kSpanPieces, shape.num_pieces - p), at = s * x.num_rows + first;
+        const uint8_t* span = w + (size_t)p * 1024;
+        F16 factor = f_from_bf16(shape.scales(w) + s * 32);
+        I16 acc[R];
+        sum_span<R>(span, num_pieces, x.chunks + p * stride + first * 64, stride, x.correction + at, acc);
+        for (int r = 0; r < R; ++r) sum[r] = f_fma(f_from_i(acc[r]), f_mul(factor, f_set1(x.scales[at + r])), sum[r]);
+        if (!x.span_has_low(shape, s)) continue;
+        factor = f_mul(factor, f_set1(kLow));
+        sum_span<R>(span, num_pieces, x.low_chunks + p * stride + first * 64, stride, x.low_correction + at, acc);
+        for (int r = 0; r < R; ++r) sum[r] = f_fma(f_from_i(acc[r]), f_mul(factor, f_set1(x.scales[at + r])), sum[r]);
     }
     for (int r = 0; r < R; ++r) out[r] = sum[r];
 }
@@ -294,26 +344,60 @@ static inline void expand_int4(const uint8_t* w, int num_pieces, uint8_t* out) {
     }
 }
 
+// What is added to the sums of a tile's rows for one span: its high or its low bytes.
+struct SpanOfRows {
+    const uint8_t* chunks;      // [pieces, num_rows, 64]
+    const float* scales;        // [num_rows]
+    const int32_t* correction;  // [num_rows]
+
+    SpanOfRows(const Tile& x, int span, bool low)
+        : chunks((low ? x.low_chunks : x.chunks) + (size_t)span * kSpanPieces * x.num_rows * 64),
+          scales(x.scales + span * x.num_rows),
+          correction((low ? x.low_correction : x.correction) + span * x.num_rows) {}
+};
+
 // Adds one span of inputs to the sums of R rows from `first` on: sums [R, 16].
 template <int R>
-static inline void add_span(const uint8_t* w, int span, int num_pieces, F16 factor, const Tile& x, int first, float* sums) {
-    const size_t stride = (size_t)x.num_rows * 64;
-    const uint8_t* chunk = x.chunks + span * kSpanPieces * stride + first * 64;
+static inline void add_span(const uint8_t* w, int num_pieces, F16 factor, const SpanOfRows& x, int num_rows, int first, float* sums) {
+    const size_t stride = (size_t)num_rows * 64;
+    const uint8_t* chunk = x.chunks + first * 64;
     I16 acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = i_set1(x.correction[span * x.num_rows + first + r]);
+    for (int r = 0; r < R; ++r) acc[r] = i_set1(x.correction[first + r]);
     for (int p = 0; p < num_pieces; ++p, w += 1024, chunk += stride)
         for (int c = 0; c < 16; ++c) {
             const B64 weights = b_load(w + c * 64);
             for (int r = 0; r < R; ++r) acc[r] = dot4(acc[r], weights, word_at(chunk + r * 64 + c * 4));
         }
     for (int r = 0; r < R; ++r) {
-        const F16 scaled = f_mul(factor, f_set1(x.scales[span * x.num_rows + first + r]));
+        const F16 scaled = f_mul(factor, f_set1(x.scales[first + r]));
         f_store(sums + r * kLanes, f_fma(f_from_i(acc[r]), scaled, f_load(sums + r * kLanes)));
     }
 }
 
+// The weights of one span, as int8 blocks.
+struct SpanOfWeights {
+    const uint8_t* blocks[kPair];  // [pieces, 16, 64]
+    F16 factors[kPair];
+    int num_blocks, span, num_pieces;
+};
+
 #if defined(FG_AMX)
 #include "amx.inl"
+#else
+// Adds one span to the sums of all rows in `values`.
+static void add_spans(const Shape& shape, const SpanOfWeights& weights, const RowSpan* runs, int num_runs, uint8_t* memory,
+                      float* values, bool low) {
+    for (int t = 0; t < num_runs; ++t) {
+        const int num_rows = runs[t].num_rows;
+        const SpanOfRows x(Tile(shape, memory + runs[t].at, num_rows), weights.span, low);
+        for (int b = 0; b < weights.num_blocks; ++b)
+            for (int r = 0; r < num_rows; r += kManyRows)
+                with_rows<kManyRows>(num_rows - r, [&](auto rows) {
+                    float* sums = values_at(values, runs[t].first - runs[0].first, num_rows, b, r);
+                    add_span<decltype(rows)::value>(weights.blocks[b], weights.num_pieces, weights.factors[b], x, num_rows, r, sums);
+                });
+    }
+}
 #endif
 
 // Span by span over all rows, so that a span's weights are expanded once and stay in the L1 cache for all of them.
@@ -323,31 +407,26 @@ static void product_by_spans(const Shape& shape, const uint8_t* const* w, int nu
     const int begin = runs[0].first, end = runs[num_runs - 1].first + runs[num_runs - 1].num_rows;
     memset(values, 0, (size_t)(end - begin) * kPair * kLanes * sizeof(float));
     for (int s = 0; s < shape.num_spans; ++s) {
-        const int num_pieces = std::min(kSpanPieces, shape.num_pieces - s * kSpanPieces);
-        const uint8_t* weights[kPair];
-        F16 factors[kPair];
+        SpanOfWeights weights;
+        weights.num_blocks = num_blocks;
+        weights.span = s;
+        weights.num_pieces = std::min(kSpanPieces, shape.num_pieces - s * kSpanPieces);
         for (int b = 0; b < num_blocks; ++b) {
-            weights[b] = w[b] + (size_t)s * kSpanPieces * shape.piece_nbytes;
+            weights.blocks[b] = w[b] + (size_t)s * kSpanPieces * shape.piece_nbytes;
             if (shape.format == kInt4) {
-                expand_int4(weights[b], num_pieces, expanded[b]);
-                weights[b] = expanded[b];
+                expand_int4(weights.blocks[b], weights.num_pieces, expanded[b]);
+                weights.blocks[b] = expanded[b];
             }
-            factors[b] = f_from_bf16(shape.scales(w[b]) + s * 32);
+            weights.factors[b] = f_from_bf16(shape.scales(w[b]) + s * 32);
         }
-#if defined(FG_AMX)
-        amx_add_span(shape, weights, num_blocks, s, num_pieces, factors, runs, num_runs, memory, values);
-#else
+        add_spans(shape, weights, runs, num_runs, memory, values, false);
+        if (!shape.has_low) continue;
+        for (int b = 0; b < num_blocks; ++b) weights.factors[b] = f_mul(weights.factors[b], f_set1(kLow));
         for (int t = 0; t < num_runs; ++t) {
-            const int num_rows = runs[t].num_rows;
-            const Tile x(shape, memory + runs[t].at, num_rows);
-            for (int b = 0; b < num_blocks; ++b)
-                for (int r = 0; r < num_rows; r += kManyRows)
-                    with_rows<kManyRows>(num_rows - r, [&](auto rows) {
-                        float* sums = values_at(values, runs[t].first - begin, num_rows, b, r);
-                        add_span<decltype(rows)::value>(weights[b], s, num_pieces, factors[b], x, r, sums);
-                    });
+            if (!Tile(shape, memory + runs[t].at, runs[t].num_rows).span_has_low(shape, s)) continue;
+            float* sums = values_at(values, runs[t].first - begin, 0, 0, 0);
+            add_spans(shape, weights, runs + t, 1, memory, sums, true);
         }
-#endif
     }
 }
 

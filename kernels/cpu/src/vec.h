@@ -49,6 +49,9 @@ static inline B64 b_low(B64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(
 static inline B64 b_high(B64 a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
 static inline void f_store_bf16(void* p, F16 a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 static inline I16 i_add(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+static inline I16 i_sub(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+static inline I16 i_shift8(I16 a) { return {_mm512_slli_epi32(a.v, 8)}; }
+static inline I16 i_round_shift8(I16 a) { return {_mm512_srai_epi32(_mm512_add_epi32(a.v, _mm512_set1_epi32(128)), 8)}; }
 static inline I16 i_load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 static inline I16 i_from_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 static inline I16 i_pairs_from_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
@@ -135,6 +138,12 @@ static inline void f_store_bf16(void* p, F16 x) {
     memcpy(p, h, 32);
 }
 static inline I16 i_add(I16 x, I16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+static inline I16 i_sub(I16 x, I16 y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+static inline I16 i_shift8(I16 x) { return {_mm256_slli_epi32(x.a, 8), _mm256_slli_epi32(x.b, 8)}; }
+static inline I16 i_round_shift8(I16 x) {
+    const __m256i half = _mm256_set1_epi32(128);
+    return {_mm256_srai_epi32(_mm256_add_epi32(x.a, half), 8), _mm256_srai_epi32(_mm256_add_epi32(x.b, half), 8)};
+}
 static inline I16 i_load(const int32_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
 }
@@ -247,6 +256,9 @@ static inline void f_store_bf16(void* p, F16 a) {
     memcpy(p, h, 32);
 }
 static inline I16 i_add(I16 a, I16 b) { FG_LANES a.v[i] += b.v[i]; return a; }
+static inline I16 i_sub(I16 a, I16 b) { FG_LANES a.v[i] -= b.v[i]; return a; }
+static inline I16 i_shift8(I16 a) { FG_LANES a.v[i] *= 256; return a; }
+static inline I16 i_round_shift8(I16 a) { FG_LANES a.v[i] = (a.v[i] + 128) >> 8; return a; }
 static inline I16 i_load(const int32_t* p) { I16 r; memcpy(r.v, p, 64); return r; }
 static inline I16 i_from_u8(const uint8_t* p) { I16 r; FG_LANES r.v[i] = p[i]; return r; }
 static inline I16 i_pairs_from_u8(const uint8_t* p) { I16 r; FG_LANES r.v[i] = p[2 * i] | p[2 * i + 1] << 16; return r; }
