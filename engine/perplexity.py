@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import pydoc_data.topics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from engine.config import EngineConfig
+from engine.convert import Progress
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.tokenizer import Tokenizer
@@ -33,13 +35,30 @@ def read_text(paths: Sequence[Path]) -> str:
         raise ConfigError(f"cannot read text: {error}") from error
 
 
+def bench_perplexity(
+    config: EngineConfig,
+    paths: Sequence[Path],
+    *,
+    window: int = 512,
+    max_windows: int | None = None,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """Load a model and measure it on the text of these files; see `measure_perplexity` and `read_text`."""
+    text = read_text(paths)
+    engine = Engine(config, progress)
+    try:
+        return measure_perplexity(engine, text, window=window, max_windows=max_windows, progress=progress)
+    finally:
+        engine.close()
+
+
 def measure_perplexity(
     engine: Engine,
     text: str,
     *,
     window: int = 512,
     max_windows: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PerplexityResult:
     """Score windows of `window` tokens, evenly spread over the text. Raises `ConfigError` if it is too short."""
     assert isinstance(engine.tokenizer, Tokenizer)

@@ -25,6 +25,7 @@ from server.cli_options import (
     Layers,
     LogLevel,
     Model,
+    PackedDir,
     RandomShape,
     Threads,
     TokenIds,
@@ -101,6 +102,45 @@ def offline(
                 f"{r.num_seqs:4} {r.prefill_tokens_per_s:14.1f} {r.decode_tokens_per_s:13.1f} {r.decode_step_ms:8.1f} "
                 f"{r.outside_kernels:8.1%} {r.stall:6.1%}"
             )
+
+
+@app.command()
+def perplexity(
+    model: Model = "demo",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text file; again for more [default: the topics of Python's help()]")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are scored together.")] = 512,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="So many, spread over the text [default: all]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="A JSON object.")] = False,
+    dtype: Dtype = "auto",
+    experts: Experts = "auto",
+    kv_memory: KvMemory = KV_MEMORY,
+    expert_memory: ExpertMemory = None,
+    packed_dir: PackedDir = None,
+    threads: Threads = None,
+    kernels: Kernels = "auto",
+    log_level: LogLevel = "warning",
+) -> None:
+    """How well MODEL predicts text: what a format costs in quality."""
+    start_logging(log_level)
+    from engine.perplexity import bench_perplexity
+    from server.progress import ProgressDisplay
+
+    config = EngineConfig(
+        model=directory_of(model, Environment()),
+        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        kv_memory_nbytes=kv_memory,
+        num_threads=threads,
+        kernels=kernels,
+        cache=CacheConfig(format=experts, memory_nbytes=expert_memory, packed_dir=packed_dir),
+    )
+    with ProgressDisplay() as progress:
+        r = bench_perplexity(config, text or [], window=window, max_windows=max_windows, progress=progress)
+    if json:
+        typer.echo(msgspec.json.encode(r).decode())
+    else:
+        typer.echo(f"perplexity {r.perplexity:.4f} over {r.num_tokens} tokens in {r.num_windows} windows")
 
 
 @app.command()

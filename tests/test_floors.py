@@ -19,6 +19,7 @@ SERVER_MAY_SEE = {
     "engine.errors",
     "engine.hub",
     "engine.messages",
+    "engine.perplexity",
     "engine.refactor.command",
     "engine.sampling_params",
     "engine.synthetic",
