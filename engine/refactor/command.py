@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.refactor import corpus
 from engine.refactor.calibrate import learn_plan
 from engine.refactor.perplexity import Perplexity, perplexities
 from engine.refactor.plan import RefactorPlan, SplitSettings
 from engine.refactor.source import open_source
 from engine.refactor.write import Progress, write_checkpoint
+from kernels.quant.formats import SIZE_MULTIPLE
 
 SEQUENCE_LENGTH = 512
 NUM_CALIBRATION_SEQS = 64  # 32,768 tokens
@@ -60,7 +61,7 @@ def refactor(
         if given is not None
         else SplitSettings(num_experts=num_experts, shared_size=shared_size, num_active=num_active)
     )
-    settings.expert_size(opened.config.intermediate_size)
+    _check_served_sizes(settings.expert_size(opened.config.intermediate_size), opened.config.hidden_size)
     documents = corpus.python_topics() if calibration is None else corpus.read_documents(calibration)
     tokenizer = corpus.load_tokenizer(opened)
     length = min(SEQUENCE_LENGTH, opened.config.max_position_embeddings)
@@ -82,6 +83,17 @@ def refactor(
         active_share=settings.active_share(opened.config.intermediate_size),
         seconds=time.monotonic() - start,
     )
+
+
+def _check_served_sizes(expert_size: int, hidden_size: int) -> None:
+    """Raises `ConfigError` if the kernels could not compute the experts; before an hour of calibration, not after."""
+    if expert_size % SIZE_MULTIPLE:
+        raise ConfigError(
+            f"experts of {expert_size} neurons cannot be served; choose num_experts and shared_size so that each has a "
+            f"multiple of {SIZE_MULTIPLE}"
+        )
+    if hidden_size % SIZE_MULTIPLE:
+        raise ConfigError(f"a hidden size of {hidden_size} cannot be served: it is no multiple of {SIZE_MULTIPLE}")
 
 
 def _part(documents: Sequence[str], *, held_out: bool) -> list[str]:

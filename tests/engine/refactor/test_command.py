@@ -21,6 +21,7 @@ from tests.engine.refactor.test_write import files
 
 SIZES = {"num_experts": 4, "shared_size": 32, "num_active": 3}
 SETTINGS = SplitSettings(**SIZES)
+SERVED = {"num_experts": 2, "shared_size": 32, "num_active": 1}  # experts of 32 neurons, as the kernels want
 
 
 def random_text(num_seqs: int, length: int, seed: int = 0, vocab_size: int = 300) -> corpus.Passages:
@@ -49,7 +50,7 @@ def test_a_learned_plan_loses_less_than_a_random_one(make_llama: MakeLlama) -> N
 
 def test_perplexities_are_those_of_the_written_models(make_llama: MakeLlama, tmp_path: Path, text_file: Path) -> None:
     path, dense = make_llama()
-    report = refactor(path, tmp_path / "moe", calibration=[text_file], dtype="float32", **SIZES)
+    report = refactor(path, tmp_path / "moe", calibration=[text_file], dtype="float32", **SERVED)
     source = open_source(path)
     tokenizer = corpus.load_tokenizer(source)
     documents = corpus.read_documents([text_file])
@@ -62,7 +63,7 @@ def test_perplexities_are_those_of_the_written_models(make_llama: MakeLlama, tmp
         with torch.inference_mode():
             loss = model(text.tokens, labels=text.tokens).loss
         assert found == pytest.approx(math.exp(loss), rel=1e-3)
-    assert report.active_share == pytest.approx(80 / 96)
+    assert report.active_share == pytest.approx(64 / 96)
     assert report.out == tmp_path / "moe"
 
 
@@ -76,12 +77,12 @@ def test_a_saved_plan_writes_the_same_checkpoint_again(make_llama: MakeLlama, tm
         calibration=[text_file],
         save_plan=kept,
         progress=lambda what, done, total: steps.append(what),
-        **SIZES,
+        **SERVED,
     )
     assert list(dict.fromkeys(steps)) == ["calibrate", "write", "measure"]
     refactor(path, tmp_path / "planned", calibration=[text_file], plan=kept)
     assert files(tmp_path / "learned") == files(tmp_path / "planned")
-    assert RefactorPlan.load(kept).settings == SETTINGS
+    assert RefactorPlan.load(kept).settings == SplitSettings(**SERVED)
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -91,16 +92,18 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     out = tmp_path / "moe"
     with pytest.raises(ConfigError, match="cannot cut 96 neurons into 512 shared ones"):
         refactor(path, out)
+    with pytest.raises(ConfigError, match="experts of 16 neurons cannot be served; .* multiple of 32"):
+        refactor(path, out, calibration=[text_file], **SIZES)
     with pytest.raises(ConfigError, match="cannot read calibration text"):
-        refactor(path, out, calibration=[tmp_path / "none.txt"], **SIZES)
+        refactor(path, out, calibration=[tmp_path / "none.txt"], **SERVED)
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(ConfigError, match="too few"):
-        refactor(path, out, calibration=[tmp_path / "short.txt"], **SIZES)
+        refactor(path, out, calibration=[tmp_path / "short.txt"], **SERVED)
     with pytest.raises(CheckpointError, match="neither a checkpoint directory nor"):
-        refactor(tmp_path / "none", out, **SIZES)
+        refactor(tmp_path / "none", out, **SERVED)
     assert not out.exists()
     with pytest.raises(CheckpointError, match="exists"):
-        refactor(path, tmp_path, calibration=[text_file], **SIZES)
+        refactor(path, tmp_path, calibration=[text_file], **SERVED)
 
 
 def test_chats_are_written_greedily_as_transformers_would_whatever_shares_the_batch(
