@@ -30,76 +30,101 @@ private:
     int rows0_ = 0, rows1_ = 0;
 };
 
-// Sums of one pair of runs over one span, waiting in memory to be scaled and added.
-struct PendingSpan {
-    alignas(64) int32_t sums[4][kTile * kLanes];
-    int run = -1;
-};
+// Adds spans to the sums in `values`, two runs of rows at a time. What one call computes is added while the next one's
+// tile products are under way: they take long, and leave the vector units free.
+class SpanAdder {
+public:
+    SpanAdder(const Shape& shape, const RowSpan* runs, uint8_t* memory, float* values)
+        : shape_(shape), first_row_(runs[0].first), memory_(memory), values_(values) {}
+    ~SpanAdder() { finish(); }
 
-// Adds one span to the sums of all rows in `values`.
-static void add_spans(const Shape& shape, const SpanOfWeights& weights, const RowSpan* runs, int num_runs, uint8_t* memory,
-                      float* values, bool low) {
-    PendingSpan pending[2];
-    auto rows_of = [&](int t) { return SpanOfRows(Tile(shape, memory + runs[t].at, runs[t].num_rows), weights.span, low); };
-    auto finish = [&](const PendingSpan& done) {
-        for (int t = done.run; t < std::min(num_runs, done.run + 2); ++t) {
-            const int num_rows = runs[t].num_rows;
-            const SpanOfRows x = rows_of(t);
-            for (int b = 0; b < weights.num_blocks; ++b) {
-                float* to = values_at(values, runs[t].first - runs[0].first, num_rows, b, 0);
-                const int32_t* from = done.sums[(t - done.run) * 2 + b];
-                for (int r = 0; r < num_rows; ++r, to += kLanes, from += kLanes) {
+    void add(const SpanOfWeights& weights, const RowSpan* runs, int num_runs, bool low) {
+        asm volatile("" ::: "memory");  // tile loads do not tell the compiler that they read memory
+        const uint8_t *w0 = weights.blocks[0], *w1 = weights.blocks[weights.num_blocks - 1];
+        for (int t = 0; t < num_runs; t += 2) {
+            const int rows0 = runs[t].num_rows, rows1 = t + 1 < num_runs ? runs[t + 1].num_rows : 0;
+            tiles_.configure(rows0, rows1);
+            Pending now;
+            now.num_blocks = weights.num_blocks;
+            for (int b = 0; b < kPair; ++b) now.factors[b] = weights.factors[b];
+            for (int i = 0; i < 2; ++i) now.runs[i] = i == 0 || rows1 ? &runs[t + i] : nullptr;
+            now.span = weights.span;
+            now.low = low;
+            const uint8_t* x0 = rows_of(runs[t], now).chunks;
+            _tile_zero(0);
+            _tile_zero(1);
+            if (rows1) {
+                const uint8_t* x1 = rows_of(runs[t + 1], now).chunks;
+                _tile_zero(2);
+                _tile_zero(3);
+                for (int p = 0; p < weights.num_pieces; ++p) {
+                    _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
+                    _tile_loadd(6, w0 + p * 1024, 64);
+                    _tile_dpbsud(0, 4, 6);
+                    _tile_loadd(7, w1 + p * 1024, 64);
+                    _tile_dpbsud(1, 4, 7);
+                    _tile_loadd(5, x1 + (size_t)p * rows1 * 64, 64);
+                    _tile_dpbsud(2, 5, 6);
+                    _tile_dpbsud(3, 5, 7);
+                }
+            } else {
+                for (int p = 0; p < weights.num_pieces; ++p) {
+                    _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
+                    _tile_loadd(6, w0 + p * 1024, 64);
+                    _tile_dpbsud(0, 4, 6);
+                    _tile_loadd(7, w1 + p * 1024, 64);
+                    _tile_dpbsud(1, 4, 7);
+                }
+            }
+            finish();
+            pending_ = now;
+            which_ ^= 1;
+            _tile_stored(0, sums_[which_][0], 64);
+            _tile_stored(1, sums_[which_][1], 64);
+            if (rows1) {
+                _tile_stored(2, sums_[which_][2], 64);
+                _tile_stored(3, sums_[which_][3], 64);
+            }
+        }
+    }
+
+private:
+    struct Pending {
+        const RowSpan* runs[2] = {nullptr, nullptr};
+        F16 factors[kPair];
+        int num_blocks, span;
+        bool low;
+    };
+
+    SpanOfRows rows_of(const RowSpan& run, const Pending& p) const {
+        return SpanOfRows(Tile(shape_, memory_ + run.at, run.num_rows), p.span, p.low);
+    }
+
+    void finish() {
+        for (int i = 0; i < 2 && pending_.runs[i]; ++i) {
+            const RowSpan& run = *pending_.runs[i];
+            const SpanOfRows x = rows_of(run, pending_);
+            for (int b = 0; b < pending_.num_blocks; ++b) {
+                float* to = values_at(values_, run.first - first_row_, run.num_rows, b, 0);
+                const int32_t* from = sums_[which_][i * 2 + b];
+                const F16 factor = pending_.factors[b];
+                for (int r = 0; r < run.num_rows; ++r, to += kLanes, from += kLanes) {
                     const I16 sum = i_add(i_load(from), i_set1(x.correction[r]));
-                    f_store(to, f_fma(f_from_i(sum), f_mul(weights.factors[b], f_set1(x.scales[r])), f_load(to)));
+                    f_store(to, f_fma(f_from_i(sum), f_mul(factor, f_set1(x.scales[r])), f_load(to)));
                 }
             }
         }
-    };
-    Tiles tiles;
-    asm volatile("" ::: "memory");  // tile loads do not tell the compiler that they read memory
-    const uint8_t *w0 = weights.blocks[0], *w1 = weights.blocks[weights.num_blocks - 1];
-    const int num_pieces = weights.num_pieces;
-    for (int t = 0; t < num_runs; t += 2) {
-        const int rows0 = runs[t].num_rows, rows1 = t + 1 < num_runs ? runs[t + 1].num_rows : 0;
-        tiles.configure(rows0, rows1);
-        const uint8_t* x0 = rows_of(t).chunks;
-        PendingSpan& now = pending[t / 2 % 2];
-        _tile_zero(0);
-        _tile_zero(1);
-        if (rows1) {
-            const uint8_t* x1 = rows_of(t + 1).chunks;
-            _tile_zero(2);
-            _tile_zero(3);
-            for (int p = 0; p < num_pieces; ++p) {
-                _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
-                _tile_loadd(6, w0 + p * 1024, 64);
-                _tile_dpbsud(0, 4, 6);
-                _tile_loadd(7, w1 + p * 1024, 64);
-                _tile_dpbsud(1, 4, 7);
-                _tile_loadd(5, x1 + (size_t)p * rows1 * 64, 64);
-                _tile_dpbsud(2, 5, 6);
-                _tile_dpbsud(3, 5, 7);
-            }
-        } else {
-            for (int p = 0; p < num_pieces; ++p) {
-                _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
-                _tile_loadd(6, w0 + p * 1024, 64);
-                _tile_dpbsud(0, 4, 6);
-                _tile_loadd(7, w1 + p * 1024, 64);
-                _tile_dpbsud(1, 4, 7);
-            }
-        }
-        if (t > 0) finish(pending[(t / 2 + 1) % 2]);  // while the tiles above are being computed
-        now.run = t;
-        _tile_stored(0, now.sums[0], 64);
-        _tile_stored(1, now.sums[1], 64);
-        if (rows1) {
-            _tile_stored(2, now.sums[2], 64);
-            _tile_stored(3, now.sums[3], 64);
-        }
     }
-    finish(pending[(num_runs - 1) / 2 % 2]);
-}
+
+    const Shape& shape_;
+    int first_row_;
+    uint8_t* memory_;
+    float* values_;
+    Tiles tiles_;
+    Pending pending_;
+    int which_ = 0;
+    alignas(64) int32_t sums_[2][4][kTile * kLanes];  // [which][run * 2 + block]
+};
 
 // A result is one chain of tile products, 32 inputs each, in input order.
 static void amx_product_bf16(const Shape& shape, const uint8_t* const* w, int num_blocks, const RowSpan* runs, int num_runs,

@@ -1,9 +1,30 @@
 // Dense products and the expert MLP, made of products of blocks. Included inside an instruction set's namespace, after
 // product.inl.
 
+// Counts down to zero what others wait for.
+class Countdown {
+public:
+    void start(int num) { left_.store(num, std::memory_order_relaxed); }
+    // Whether all others are done: what is left to do before done() may then read what they wrote. If not, counts down.
+    bool is_last() {
+        int left = left_.load(std::memory_order_acquire);
+        while (left > 1)
+            if (left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_acquire)) return false;
+        return true;
+    }
+    void done() { left_.fetch_sub(1, std::memory_order_release); }
+    void wait() const {
+        for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins)
+            if (spins > 1000) std::this_thread::yield();  // the system may have taken the other's core
+    }
+
+private:
+    std::atomic<int> left_{0};
+};
+
 // Memory for one kernel call, kept for the next: kernels are called by one thread at a time.
 struct Scratch {
-    std::vector<uint8_t> memory[2];
+    std::vector<uint8_t> memory[3];
     uint8_t* take(int which, size_t nbytes) {
         auto& m = memory[which];
         if (m.size() < nbytes + 64) m.resize(nbytes + nbytes / 4 + 64);
@@ -97,24 +118,38 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
     first_run.push_back((int)runs.size());
     if (one_token)  // all experts read the same row
         for (RowSpan& run : runs) run.at = 0;
-    uint8_t* memory = scratch.take(0, std::max(total, inner_total));  // the inner tiles take the place of the outer
-    float* activated = (float*)scratch.take(1, (size_t)num_rows * inner * sizeof(float));
-    if (one_token) {
-        put_row(in, call.x, Tile(in, memory, 1), 0);
-    } else {
-        pool.parallel((int)runs.size(), [&](int t) {
-            const Tile tile(in, memory + runs[t].at, runs[t].num_rows);
-            for (int r = 0; r < tile.num_rows; ++r)
-                put_row(in, call.x + (size_t)(position_of[runs[t].first + r] / call.num_active) * hidden, tile, r);
-        });
-    }
+    uint8_t* memory = scratch.take(0, total);
+    uint8_t* inner_memory = scratch.take(1, inner_total);
+    float* activated = (float*)scratch.take(2, (size_t)num_rows * inner * sizeof(float));
 
-    const int units_per_task = 2 * kLanes, num_chunks = inner / units_per_task;
-    pool.parallel(call.num_ready * num_chunks, [&](int task) {
-        const int e = task / num_chunks, begin = task % num_chunks * units_per_task;
+    // One parallel region of three kinds of tasks, each waiting for those before it that it needs. Tasks are taken in
+    // order, so what a task waits for is done or being done.
+    static std::vector<Countdown> filled, gated;  // of each expert
+    if ((int)filled.size() < call.num_ready) {
+        filled = std::vector<Countdown>(call.num_ready);
+        gated = std::vector<Countdown>(call.num_ready);
+    }
+    const int units_per_task = 2 * kLanes, num_gates = inner / units_per_task;
+    const int num_blocks = hidden / kLanes, blocks_per_task = std::min(4, num_blocks);
+    const int num_downs = ceil_div(num_blocks, blocks_per_task), num_fills = one_token ? 0 : (int)runs.size();
+    for (int e = 0; e < call.num_ready; ++e) {
+        filled[e].start(one_token ? 0 : first_run[e + 1] - first_run[e]);
+        gated[e].start(num_gates);
+    }
+    if (one_token) put_row(in, call.x, Tile(in, memory, 1), 0);
+
+    auto fill = [&](int t) {
+        const Tile tile(in, memory + runs[t].at, runs[t].num_rows);
+        for (int r = 0; r < tile.num_rows; ++r)
+            put_row(in, call.x + (size_t)(position_of[runs[t].first + r] / call.num_active) * hidden, tile, r);
+        filled[std::upper_bound(first_run.begin(), first_run.end(), t) - first_run.begin() - 1].done();
+    };
+
+    auto gate_and_up = [&](int e, int begin) {
         const RowSpan* mine = runs.data() + first_run[e];
         const int num_runs = first_run[e + 1] - first_run[e];
         float* values = values_of_thread(most_rows);
+        filled[e].wait();
         for (int unit = begin; unit < begin + units_per_task; unit += kLanes) {
             const uint8_t* gate = call.records[e] + (size_t)(unit / kLanes) * 2 * in.block_nbytes;
             const uint8_t* w[kPair] = {gate, gate + in.block_nbytes};
@@ -128,24 +163,26 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
                     f_store(activated + (size_t)row * inner + unit, f_mul(silu, up));
                 }
         }
-    });
+        if (!gated[e].is_last()) return;
+        for (int t = first_run[e]; t < first_run[e + 1]; ++t) {
+            const Tile tile(out, inner_memory + inner_runs[t].at, inner_runs[t].num_rows);
+            for (int r = 0; r < tile.num_rows; ++r)
+                put_row(out, activated + (size_t)(inner_runs[t].first + r) * inner, tile, r);
+        }
+        gated[e].done();
+    };
 
-    pool.parallel((int)inner_runs.size(), [&](int t) {
-        const Tile tile(out, memory + inner_runs[t].at, inner_runs[t].num_rows);
-        for (int r = 0; r < tile.num_rows; ++r) put_row(out, activated + (size_t)(inner_runs[t].first + r) * inner, tile, r);
-    });
-
-    const int num_blocks = hidden / kLanes, chunk = std::min(4, num_blocks), num_tasks = ceil_div(num_blocks, chunk);
-    pool.parallel(call.num_ready * num_tasks, [&](int task) {
-        const int e = task / num_tasks, begin = task % num_tasks * chunk, end = std::min(num_blocks, begin + chunk);
+    auto down = [&](int e, int begin) {
+        const int end = std::min(num_blocks, begin + blocks_per_task);
         const RowSpan* mine = inner_runs.data() + first_run[e];
         const int num_runs = first_run[e + 1] - first_run[e];
         float* values = values_of_thread(most_rows);
+        gated[e].wait();
         for (int n = begin; n < end; n += kPair) {
             const uint8_t* first = call.records[e] + down_at + n * out.block_nbytes;
             const uint8_t* w[kPair] = {first, first + out.block_nbytes};
             const int width = std::min(kPair, end - n);
-            product(out, w, width, mine, num_runs, memory, values);
+            product(out, w, width, mine, num_runs, inner_memory, values);
             for (int t = 0; t < num_runs; ++t)
                 for (int r = 0; r < mine[t].num_rows; ++r) {
                     float* to = call.out + (size_t)position_of[mine[t].first + r] * hidden + n * kLanes;
@@ -153,5 +190,13 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
                         f_store(to + b * kLanes, f_load(values_at(values, mine[t].first - mine[0].first, mine[t].num_rows, b, r)));
                 }
         }
+    };
+
+    pool.parallel(num_fills + call.num_ready * (num_gates + num_downs), [&](int task) {
+        if (task < num_fills) return fill(task);
+        task -= num_fills;
+        if (task < call.num_ready * num_gates) return gate_and_up(task / num_gates, task % num_gates * units_per_task);
+        task -= call.num_ready * num_gates;
+        down(task / num_downs, task % num_downs * blocks_per_task);
     });
 }

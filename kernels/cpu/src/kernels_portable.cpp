@@ -1,7 +1,9 @@
 // The kernels for one instruction set; the flags to compile it with are in setup.py.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <thread>
 #include <type_traits>
 #include <vector>
 

@@ -193,17 +193,17 @@ static inline void product_int4(const Shape& shape, const uint8_t* w, const Tile
             const I16 bases = i_pairs_from_u8(w + 544);
             for (int r = 0; r < R; ++r) base[r] = dot2(base[r], bases, pairs[r]);
             for (int g = 0; g < 2; ++g) {
-                I16 acc[R];
-                for (int r = 0; r < R; ++r) acc[r] = i_set1(0);
+                I16 low_sum[R], high_sum[R];  // of high nibbles where they are, 16 times too large
+                for (int r = 0; r < R; ++r) low_sum[r] = high_sum[r] = i_set1(0);
                 for (int c = 0; c < 4; ++c) {
                     const B64 both = b_load(w + g * 256 + c * 64);
-                    const B64 low = b_low(both), high = b_high(both);
+                    const B64 low = b_low(both), high = b_high_in_place(both);
                     const uint8_t* at = chunk + g * 32 + c * 8;
-                    for (int r = 0; r < R; ++r) acc[r] = dot4_small(acc[r], low, word_at(at + r * 64));
-                    for (int r = 0; r < R; ++r) acc[r] = dot4_small(acc[r], high, word_at(at + r * 64 + 4));
+                    for (int r = 0; r < R; ++r) low_sum[r] = dot4_small(low_sum[r], low, word_at(at + r * 64));
+                    for (int r = 0; r < R; ++r) high_sum[r] = dot4(high_sum[r], high, word_at(at + r * 64 + 4));
                 }
                 const F16 step = f_from_i(i_from_u8(w + 512 + g * 16));
-                for (int r = 0; r < R; ++r) total[r] = f_fma(f_from_i(acc[r]), step, total[r]);
+                for (int r = 0; r < R; ++r) total[r] = f_fma(f_from_i(i_add(low_sum[r], i_shift_right4(high_sum[r]))), step, total[r]);
             }
         }
         const F16 factor = f_from_bf16(scale + s * 32);
@@ -384,20 +384,31 @@ struct SpanOfWeights {
 #if defined(FG_AMX)
 #include "amx.inl"
 #else
-// Adds one span to the sums of all rows in `values`.
-static void add_spans(const Shape& shape, const SpanOfWeights& weights, const RowSpan* runs, int num_runs, uint8_t* memory,
-                      float* values, bool low) {
-    for (int t = 0; t < num_runs; ++t) {
-        const int num_rows = runs[t].num_rows;
-        const SpanOfRows x(Tile(shape, memory + runs[t].at, num_rows), weights.span, low);
-        for (int b = 0; b < weights.num_blocks; ++b)
-            for (int r = 0; r < num_rows; r += kManyRows)
-                with_rows<kManyRows>(num_rows - r, [&](auto rows) {
-                    float* sums = values_at(values, runs[t].first - runs[0].first, num_rows, b, r);
-                    add_span<decltype(rows)::value>(weights.blocks[b], weights.num_pieces, weights.factors[b], x, num_rows, r, sums);
-                });
+// Adds spans to the sums in `values`.
+class SpanAdder {
+public:
+    SpanAdder(const Shape& shape, const RowSpan* runs, uint8_t* memory, float* values)
+        : shape_(shape), first_row_(runs[0].first), memory_(memory), values_(values) {}
+
+    void add(const SpanOfWeights& weights, const RowSpan* runs, int num_runs, bool low) {
+        for (int t = 0; t < num_runs; ++t) {
+            const int num_rows = runs[t].num_rows;
+            const SpanOfRows x(Tile(shape_, memory_ + runs[t].at, num_rows), weights.span, low);
+            for (int b = 0; b < weights.num_blocks; ++b)
+                for (int r = 0; r < num_rows; r += kManyRows)
+                    with_rows<kManyRows>(num_rows - r, [&](auto rows) {
+                        float* sums = values_at(values_, runs[t].first - first_row_, num_rows, b, r);
+                        add_span<decltype(rows)::value>(weights.blocks[b], weights.num_pieces, weights.factors[b], x, num_rows, r, sums);
+                    });
+        }
     }
-}
+
+private:
+    const Shape& shape_;
+    int first_row_;
+    uint8_t* memory_;
+    float* values_;
+};
 #endif
 
 // Span by span over all rows, so that a span's weights are expanded once and stay in the L1 cache for all of them.
@@ -406,6 +417,7 @@ static void product_by_spans(const Shape& shape, const uint8_t* const* w, int nu
     alignas(64) uint8_t expanded[kPair][kSpanPieces * 1024];
     const int begin = runs[0].first, end = runs[num_runs - 1].first + runs[num_runs - 1].num_rows;
     memset(values, 0, (size_t)(end - begin) * kPair * kLanes * sizeof(float));
+    SpanAdder adder(shape, runs, memory, values);
     for (int s = 0; s < shape.num_spans; ++s) {
         SpanOfWeights weights;
         weights.num_blocks = num_blocks;
@@ -419,13 +431,12 @@ static void product_by_spans(const Shape& shape, const uint8_t* const* w, int nu
             }
             weights.factors[b] = f_from_bf16(shape.scales(w[b]) + s * 32);
         }
-        add_spans(shape, weights, runs, num_runs, memory, values, false);
+        adder.add(weights, runs, num_runs, false);
         if (!shape.has_low) continue;
         for (int b = 0; b < num_blocks; ++b) weights.factors[b] = f_mul(weights.factors[b], f_set1(kLow));
         for (int t = 0; t < num_runs; ++t) {
             if (!Tile(shape, memory + runs[t].at, runs[t].num_rows).span_has_low(shape, s)) continue;
-            float* sums = values_at(values, runs[t].first - begin, 0, 0, 0);
-            add_spans(shape, weights, runs + t, 1, memory, sums, true);
+            adder.add(weights, runs + t, 1, true);
         }
     }
 }

@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <chrono>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -7,10 +9,11 @@
 namespace foregate {
 
 namespace {
+using Clock = std::chrono::steady_clock;
 constexpr int kTaskBits = 24;
 constexpr uint64_t kTaskMask = (1u << kTaskBits) - 1;
 constexpr int kSpinsBeforeYield = 2000;
-constexpr int kSpins = 6000;  // some hundreds of microseconds: the time between two kernels of one step
+constexpr double kSpinSeconds = 2e-3;  // longer than any gap between two kernels of one step; waking takes tens of us
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -72,10 +75,16 @@ void ThreadPool::work(int) {
     uint64_t seen = 0;
     while (true) {
         int spins = 0;
+        Clock::time_point waiting_since;
         uint64_t generation;
         while ((generation = generation_.load(std::memory_order_acquire)) == seen && !stopping_.load()) {
-            if (++spins < kSpins) {
+            if (++spins < kSpinsBeforeYield) {
                 pause();
+                continue;
+            }
+            if (spins == kSpinsBeforeYield) waiting_since = Clock::now();
+            if (std::chrono::duration<double>(Clock::now() - waiting_since).count() < kSpinSeconds) {
+                std::this_thread::yield();  // whoever else wants this core may have it
                 continue;
             }
             std::unique_lock<std::mutex> lock(mutex_);

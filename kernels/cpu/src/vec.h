@@ -50,6 +50,8 @@ static inline B64 b_high(B64 a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v
 static inline void f_store_bf16(void* p, F16 a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 static inline I16 i_add(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 static inline I16 i_sub(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+static inline I16 i_shift_right4(I16 a) { return {_mm512_srai_epi32(a.v, 4)}; }
+static inline B64 b_high_in_place(B64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8((char)0xf0))}; }
 static inline I16 i_shift8(I16 a) { return {_mm512_slli_epi32(a.v, 8)}; }
 static inline I16 i_round_shift8(I16 a) { return {_mm512_srai_epi32(_mm512_add_epi32(a.v, _mm512_set1_epi32(128)), 8)}; }
 static inline I16 i_load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }

@@ -92,7 +92,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     out = tmp_path / "moe"
     with pytest.raises(ConfigError, match="cannot cut 96 neurons into 512 shared ones"):
         refactor(path, out)
-    with pytest.raises(ConfigError, match="experts of 16 neurons cannot be served; .* multiple of 32"):
+    with pytest.raises(ConfigError, match=r"experts of 16 neurons cannot be served; .* multiple of 32"):
         refactor(path, out, calibration=[text_file], **SIZES)
     with pytest.raises(ConfigError, match="cannot read calibration text"):
         refactor(path, out, calibration=[tmp_path / "none.txt"], **SERVED)
