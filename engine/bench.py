@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
@@ -21,8 +22,12 @@ from engine.engine import Engine
 from engine.sampling_params import SamplingParams
 from engine.synthetic import NumberTokenizer, SyntheticCheckpoint
 from kernels.backend import Backend, Linear, choose_backend
+from kernels.cpu.native import NativeBackend
+from kernels.quant.blocked import packed_nbytes
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+_MAX_WARM_UPS = 8
+_READ_NBYTES = 256 * 1024**2
 
 
 class OfflineResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +39,7 @@ class OfflineResult(msgspec.Struct, frozen=True, kw_only=True):
     decode_step_ms: float
     outside_kernels: float  # share of a decode step
     stall: float  # share of a decode step in which compute waited for experts
+    of_reading_once: float | None  # speed of one sequence, 1.0 if a step took as long as reading its weights once
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +55,18 @@ class _TimedBackend:
     """Passes calls on and counts the seconds spent in them."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self.inner = backend
         self.name = backend.name
         self.seconds = 0.0
+        self.dense_nbytes = 0
         for name in ("rms_norm", "expert_mlp", "combine"):
             setattr(self, name, self._timed(getattr(backend, name)))
         for name in ("make_attention", "make_router", "make_mlp"):
             setattr(self, name, self._making_timed(getattr(backend, name)))
 
     def make_linear(self, weight: Tensor, bias: Tensor | None, format: str) -> Linear:
-        linear = self._backend.make_linear(weight, bias, format)
+        linear = self.inner.make_linear(weight, bias, format)
+        self.dense_nbytes += packed_nbytes(format, *weight.shape)
         return _TimedLinear(linear, self._timed(linear))
 
     def _making_timed(self, make: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,9 +103,18 @@ def bench_offline(
     """Measure each batch size in turn. `random_shape` takes the place of config.model by random weights."""
     scheduler = replace(config.scheduler, max_num_seqs=max(batch_sizes))
     with _engine(replace(config, scheduler=scheduler), random_shape, num_layers, progress) as (engine, backend):
-        _run(engine, backend, 1, replace(workload, output_tokens=4), seed=0)  # warm up
+        _warm_up(engine, backend, workload)
         for num_seqs in batch_sizes:
             yield _run(engine, backend, num_seqs, workload, seed=num_seqs)
+
+
+def _warm_up(engine: Engine, backend: _TimedBackend, workload: Workload) -> None:
+    """Short runs until a run reads no experts any more; but only a few, where they do not all fit."""
+    for i in range(_MAX_WARM_UPS):
+        before = engine.stats().expert_cache.fetches
+        _run(engine, backend, 1, replace(workload, output_tokens=4), seed=-1 - i)
+        if engine.stats().expert_cache.fetches == before:
+            break
 
 
 @contextmanager
@@ -133,12 +150,13 @@ def _run(engine: Engine, backend: _TimedBackend, num_seqs: int, workload: Worklo
     params = SamplingParams(temperature=0.0, max_tokens=workload.output_tokens, ignore_eos=True)
     for i in range(num_seqs):
         prompt = [rng.randrange(engine.info.vocab_size) for _ in range(workload.prompt_tokens)]
-        engine.add_request(f"bench-{seed}-{i}", prompt, params)
+        engine.add_request(f"bench{seed}-{i}", prompt, params)
     started = time.perf_counter()
     while any(request.num_output_tokens == 0 for request in engine.scheduler.requests):
         engine.step()
     prefill_s = time.perf_counter() - started
     steps, outside, stalls = [], [], []
+    reading_s = _reading_s(engine, backend) if num_seqs == 1 else None
     while engine.has_work:
         before, kernels_before = _stall_s(engine), backend.seconds
         started = time.perf_counter()
@@ -155,7 +173,21 @@ def _run(engine: Engine, backend: _TimedBackend, num_seqs: int, workload: Worklo
         decode_step_ms=step_s * 1e3,
         outside_kernels=statistics.median(outside) if outside else float("nan"),
         stall=statistics.median(stalls) if stalls else float("nan"),
+        of_reading_once=None if reading_s is None else reading_s / step_s,
     )
+
+
+def _reading_s(engine: Engine, backend: _TimedBackend) -> float | None:
+    """Seconds to read what one token needs, all dense weights and its experts, at the speed of memory now."""
+    if not isinstance(backend.inner, NativeBackend):
+        return None
+    memory = torch.ones(_READ_NBYTES, dtype=torch.uint8)  # not zeros: unwritten pages are all one page
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        backend.inner.read(memory)
+        times.append(time.perf_counter() - started)
+    return (backend.dense_nbytes + engine.token_experts_nbytes) / memory.numel() * statistics.median(times)
 
 
 def _stall_s(engine: Engine) -> float:

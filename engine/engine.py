@@ -60,7 +60,7 @@ class Engine:
         except (ValueError, RuntimeError) as error:
             raise ConfigError(str(error)) from error
         self.config = config
-        spec = checkpoint.spec
+        self._spec = spec = checkpoint.spec
         dtype = kv_dtype(config.dtype)
         num_blocks, max_model_len = _plan_kv(config, checkpoint, dtype)
         self.tokenizer = tokenizer or Tokenizer(config.model)
@@ -87,6 +87,14 @@ class Engine:
             dtype=config.dtype,
             expert_format=config.cache.format if self._experts is not None else None,
         )
+
+    @property
+    def token_experts_nbytes(self) -> int:
+        """Bytes of the experts' weights that one token needs."""
+        if self._experts is None or (moe := self._spec.moe) is None:
+            return 0
+        layout = self._experts.records.layout
+        return len(moe.layers) * moe.num_active * sum(section.nbytes for section in layout.sections)
 
     @property
     def has_work(self) -> bool:

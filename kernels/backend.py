@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -45,7 +45,6 @@ class Sequences:
     context: Tensor  # [S]
     block_begin: Tensor  # [S + 1]
     blocks: Tensor
-    native: Any = None  # what the native backend made of it, once for all layers
 
 
 @dataclass(slots=True)
@@ -109,7 +108,7 @@ class RouterKernel(Protocol):
     """Norm, router, and the choice of experts of one layer."""
 
     def __call__(self, residual: Tensor) -> tuple[Tensor, Routing]:
-        """residual [T, H] -> its norm x [T, H], and where each row goes."""
+        """residual [T, H] -> its norm x [T, H], and where each row goes; both hold until a router is called again."""
         ...
 
 

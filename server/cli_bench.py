@@ -93,14 +93,18 @@ def offline(
         progress=ProgressDisplay(),
     )
     if not json:
-        typer.echo(f"{'seqs':>4} {'prefill tok/s':>14} {'decode tok/s':>13} {'step ms':>8} {'outside':>8} {'stall':>6}")
+        typer.echo(
+            f"{'seqs':>4} {'prefill tok/s':>14} {'decode tok/s':>13} {'step ms':>8} {'outside':>8} {'stall':>6} "
+            f"{'of reading':>10}"
+        )
     for r in results:
         if json:
             typer.echo(msgspec.json.encode(r).decode())
         else:
             typer.echo(
                 f"{r.num_seqs:4} {r.prefill_tokens_per_s:14.1f} {r.decode_tokens_per_s:13.1f} {r.decode_step_ms:8.1f} "
-                f"{r.outside_kernels:8.1%} {r.stall:6.1%}"
+                f"{r.outside_kernels:8.1%} {r.stall:6.1%} "
+                + (f"{r.of_reading_once:10.1%}" if r.of_reading_once is not None else f"{'':10}")
             )
 
 

@@ -28,6 +28,15 @@ class ExpertArena:
         """`arena` are the bytes of all slots, one after the other."""
         self.cache = cache
         self.records = Records(layout, list(torch.frombuffer(arena, dtype=torch.uint8).view(num_slots, -1)))
+        self._memory = self._outputs = torch.empty(0, layout.hidden_size)
+
+    def outputs(self, num_rows: int) -> Tensor:
+        """Memory for products [num_rows, H], the same for every layer: new pages each time would be slow."""
+        if num_rows != len(self._outputs):
+            if num_rows > len(self._memory):
+                self._memory = torch.empty(num_rows, self.records.layout.hidden_size)
+            self._outputs = self._memory[:num_rows]
+        return self._outputs
 
 
 class MoELayer:
@@ -57,7 +66,7 @@ class MoELayer:
         """Adds to residual [T, H]; raises `ExpertFailure`, and the step is then void."""
         x, routing = self._router(residual)
         keys = [self._keys[expert] for expert in routing.experts]
-        outputs = torch.empty(routing.ids.numel(), x.shape[1])
+        outputs = self._experts.outputs(len(routing.positions))
         backend, records = self._backend, self._experts.records
         at_once = False
         try:

@@ -161,7 +161,7 @@ def _load() -> ctypes.CDLL:
     library.foregate_expert_mlp.argtypes = (c_void_p, c_void_p, c_void_p)
     library.foregate_rms_norm.argtypes = (c_void_p, c_void_p, c_float, c_int, c_int, c_void_p)
     library.foregate_combine.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p)
-    for name in ("linear", "attention", "mlp", "expert_mlp", "rms_norm", "combine"):
+    for name in ("linear", "attention", "mlp", "rms_norm", "combine"):
         getattr(library, f"foregate_{name}").restype = None
     library.foregate_read.argtypes = (c_void_p, c_int64)
     library.foregate_read.restype = c_uint64
@@ -201,11 +201,74 @@ class NativeLinear:
         return out
 
 
+class _Rows:
+    """What all layers of a step share: checked once, since a tensor's shape and address do not change.
+
+    Between two layers the experts' bytes have driven Python out of the CPU's caches, so each tensor operation that is
+    not made there counts.
+    """
+
+    def __init__(self) -> None:
+        self.residual: Tensor | None = None
+        self.address = self.num_tokens = self.hidden_size = 0
+        self.sequences: Sequences | None = None
+        self.step: _Step | None = None
+        self.step_address = 0
+        self.routing: _RoutingBuffers | None = None
+        self.products: tuple[Tensor, Tensor, Tensor | None] | None = (
+            None  # x, outputs, add_to of the last experts' call
+        )
+
+    def use(self, residual: Tensor) -> None:
+        _checked(residual, torch.float32)
+        self.residual, self.address = residual, residual.data_ptr()
+        self.num_tokens, self.hidden_size = residual.shape
+
+    def use_sequences(self, s: Sequences) -> None:
+        tensors = (s.positions, s.slots, s.row_begin, s.context, s.block_begin, s.blocks)
+        at = [_checked(tensor, torch.int32).data_ptr() for tensor in tensors]
+        self.step = _Step(len(s.positions), at[0], at[1], len(s.context), at[2], at[3], at[4], at[5])
+        self.sequences, self.step_address = s, ctypes.addressof(self.step)
+
+    def routing_buffers(self, num_experts: int, num_active: int) -> _RoutingBuffers:
+        sizes = (self.num_tokens, self.hidden_size, num_experts, num_active)
+        if self.routing is None or self.routing.sizes != sizes:
+            self.routing = _RoutingBuffers(*sizes)
+        return self.routing
+
+
+class _RoutingBuffers:
+    """What a router writes; the next layer's router writes it again."""
+
+    def __init__(self, num_tokens: int, hidden_size: int, num_experts: int, num_active: int) -> None:
+        self.sizes = (num_tokens, hidden_size, num_experts, num_active)
+        self.x = torch.empty(num_tokens, hidden_size)
+        self.ids = torch.empty(num_tokens, num_active, dtype=torch.int32)
+        self.weights = torch.empty(num_tokens, num_active)
+        self.experts = (c_int * num_experts)()
+        self.row_begin = torch.empty(num_experts + 1, dtype=torch.int32)
+        self.positions = torch.empty(num_tokens * num_active, dtype=torch.int32)
+        self.addresses = (
+            self.x.data_ptr(),
+            self.ids.data_ptr(),
+            self.weights.data_ptr(),
+            ctypes.addressof(self.experts),
+            self.row_begin.data_ptr(),
+            self.positions.data_ptr(),
+        )
+
+
 class NativeAttention:
     """One layer's attention in one call; see `kernels.backend.AttentionKernel`."""
 
     def __init__(
-        self, library: ctypes.CDLL, shape: AttentionShape, norm: Tensor, qkv: NativeLinear, output: NativeLinear
+        self,
+        library: ctypes.CDLL,
+        rows: _Rows,
+        shape: AttentionShape,
+        norm: Tensor,
+        qkv: NativeLinear,
+        output: NativeLinear,
     ) -> None:
         head_dim = shape.head_dim
         if qkv.num_outputs != (shape.num_heads + 2 * shape.num_kv_heads) * head_dim or norm.shape != (qkv.num_inputs,):
@@ -213,6 +276,7 @@ class NativeAttention:
         if output.num_inputs != shape.num_heads * head_dim or output.num_outputs != qkv.num_inputs:
             raise ValueError(f"output [{output.num_outputs}, {output.num_inputs}] does not fit {shape}")
         self._run = library.foregate_attention
+        self._rows = rows
         self._shape, self._norm, self._qkv, self._output = shape, norm, qkv, output  # keeps alive what is pointed to
         self._layer = _AttentionLayer(
             hidden_size=qkv.num_inputs,
@@ -239,15 +303,21 @@ class NativeAttention:
                 scale=head_dim**-0.5,
             ),
         )
+        self._layer_address = ctypes.addressof(self._layer)
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
     def __call__(self, residual: Tensor, keys: Tensor, values: Tensor, sequences: Sequences) -> None:
         if keys is not self._keys or values is not self._values:
             self._use_cache(keys, values)
-        if _checked(residual, torch.float32).shape != (len(sequences.positions), self._qkv.num_inputs):
+        rows = self._rows
+        if residual is not rows.residual or sequences is not rows.sequences:
+            rows.use(residual)
+            rows.use_sequences(sequences)
+        assert rows.step is not None
+        if rows.num_tokens != rows.step.num_rows or rows.hidden_size != self._qkv.num_inputs:
             raise ValueError(f"residual {tuple(residual.shape)} does not fit the sequences or the layer")
-        self._run(ctypes.addressof(self._layer), _step_of(sequences), residual.data_ptr())
+        self._run(self._layer_address, rows.step_address, rows.address)
 
     def _use_cache(self, keys: Tensor, values: Tensor) -> None:
         shape = self._shape
@@ -264,41 +334,38 @@ class NativeRouter:
     """One layer's norm and router in one call; see `kernels.backend.RouterKernel`."""
 
     def __init__(
-        self, library: ctypes.CDLL, norm: Tensor, eps: float, router: NativeLinear, num_active: int, routing: str
+        self,
+        library: ctypes.CDLL,
+        rows: _Rows,
+        norm: Tensor,
+        eps: float,
+        router: NativeLinear,
+        num_active: int,
+        routing: str,
     ) -> None:
         if norm.shape != (router.num_inputs,) or not 0 < num_active <= router.num_outputs:
             raise ValueError(
                 f"norm {tuple(norm.shape)} or top-{num_active} does not fit a router of {router.num_outputs}"
             )
         self._run = library.foregate_route
+        self._rows = rows
         self._norm, self._router, self._num_active = norm, router, num_active
         self._layer = _RouterLayer(
             eps=eps, norm=norm.data_ptr(), router=router.call, num_active=num_active, mode=_ROUTINGS[routing]
         )
+        self._layer_address = ctypes.addressof(self._layer)
 
     def __call__(self, residual: Tensor) -> tuple[Tensor, Routing]:
-        x = torch.empty_like(_checked(residual, torch.float32))
-        num_tokens, num_experts, num_active = residual.shape[0], self._router.num_outputs, self._num_active
-        if residual.shape[1] != self._router.num_inputs:
+        rows = self._rows
+        if residual is not rows.residual:
+            rows.use(residual)
+        if rows.hidden_size != self._router.num_inputs:
             raise ValueError(
                 f"residual {tuple(residual.shape)} does not fit a router of {self._router.num_inputs} inputs"
             )
-        num_positions = num_tokens * num_active
-        weights = torch.empty(num_tokens, num_active)
-        found = torch.empty(2 * num_positions + 2 * num_experts + 1, dtype=torch.int32)
-        ids, positions, experts, row_begin = found.split((num_positions, num_positions, num_experts, num_experts + 1))
-        num_found = self._run(
-            ctypes.addressof(self._layer),
-            residual.data_ptr(),
-            num_tokens,
-            x.data_ptr(),
-            ids.data_ptr(),
-            weights.data_ptr(),
-            experts.data_ptr(),
-            row_begin.data_ptr(),
-            positions.data_ptr(),
-        )
-        return x, Routing(ids.view(weights.shape), weights, experts.tolist()[:num_found], row_begin, positions)
+        to = rows.routing_buffers(self._router.num_outputs, self._num_active)
+        num_found = self._run(self._layer_address, rows.address, rows.num_tokens, *to.addresses)
+        return to.x, Routing(to.ids, to.weights, to.experts[:num_found], to.row_begin, to.positions)
 
 
 class NativeMlp:
@@ -335,15 +402,16 @@ class NativeBackend:
             raise RuntimeError(f"this CPU cannot run the native kernels for {isa!r}")
         self.isa: str = self._library.foregate_isa().decode()
         self.num_threads = num_threads
+        self._rows = _Rows()
 
     def make_linear(self, weight: Tensor, bias: Tensor | None, format: str) -> Linear:
         return NativeLinear(self._library, weight, bias, format)
 
     def make_attention(self, shape: AttentionShape, norm: Tensor, qkv: Linear, output: Linear) -> AttentionKernel:
-        return NativeAttention(self._library, shape, _weights(norm), _native(qkv), _native(output))
+        return NativeAttention(self._library, self._rows, shape, _weights(norm), _native(qkv), _native(output))
 
     def make_router(self, norm: Tensor, eps: float, router: Linear, num_active: int, routing: str) -> RouterKernel:
-        return NativeRouter(self._library, _weights(norm), eps, _native(router), num_active, routing)
+        return NativeRouter(self._library, self._rows, _weights(norm), eps, _native(router), num_active, routing)
 
     def make_mlp(self, norm: Tensor | None, eps: float, gate_up: Linear, down: Linear) -> MlpKernel:
         norm = None if norm is None else _weights(norm)
@@ -368,20 +436,22 @@ class NativeBackend:
         add_to: Tensor | None = None,
     ) -> None:
         layout, addresses = records.layout, records.addresses
+        products = self._rows.products
+        if products is None or x is not products[0] or outputs is not products[1] or add_to is not products[2]:
+            for tensor in (x, outputs, *(() if add_to is None else (add_to,))):
+                _checked(tensor, torch.float32)
+            self._rows.products = (x, outputs, add_to)
         num_tokens, num_active = routing.ids.shape
         hidden_size = layout.hidden_size
         if (
-            _checked(x, torch.float32).shape != (num_tokens, hidden_size)
-            or _checked(outputs, torch.float32).shape != (num_tokens * num_active, hidden_size)
-            or (add_to is not None and _checked(add_to, torch.float32).shape != x.shape)
+            x.shape != (num_tokens, hidden_size)
+            or outputs.shape != (num_tokens * num_active, hidden_size)
+            or (add_to is not None and add_to.shape != x.shape)
         ):
             raise ValueError(f"x {tuple(x.shape)} or outputs {tuple(outputs.shape)} does not fit the routing")
-        experts = routing.experts
-        if not {expert for expert, _ in ready}.issubset(experts):
-            raise ValueError(f"some of the experts {ready} were not routed to")
-        experts_array = array("i", experts)
-        ready_array = array("i", [expert for expert, _ in ready])
-        records_array = array("Q", [addresses[slot] for _, slot in ready])
+        experts = array("i", routing.experts)
+        ready_experts = array("i", [expert for expert, _ in ready])
+        ready_records = array("Q", [addresses[slot] for _, slot in ready])
         call = _ExpertCall(
             _FORMATS[layout.format],
             hidden_size,
@@ -390,19 +460,16 @@ class NativeBackend:
             num_tokens,
             num_active,
             _Routing(
-                len(experts),
-                experts_array.buffer_info()[0],
-                routing.row_begin.data_ptr(),
-                routing.positions.data_ptr(),
+                len(experts), experts.buffer_info()[0], routing.row_begin.data_ptr(), routing.positions.data_ptr()
             ),
             len(ready),
-            ready_array.buffer_info()[0],
-            records_array.buffer_info()[0],
+            ready_experts.buffer_info()[0],
+            ready_records.buffer_info()[0],
             outputs.data_ptr(),
         )
-        self._library.foregate_expert_mlp(
-            ctypes.addressof(call), routing.weights.data_ptr(), 0 if add_to is None else add_to.data_ptr()
-        )
+        weights, residual = routing.weights.data_ptr(), 0 if add_to is None else add_to.data_ptr()
+        if self._library.foregate_expert_mlp(ctypes.addressof(call), weights, residual) != 0:
+            raise ValueError(f"some of the experts {ready} were not routed to")
 
     def combine(self, outputs: Tensor, weights: Tensor, add_to: Tensor) -> None:
         _checked(add_to, torch.float32)
@@ -418,16 +485,6 @@ class NativeBackend:
         """Read a uint8 tensor with all threads: the roof for whatever is bound by memory."""
         total: int = self._library.foregate_read(memory.data_ptr(), memory.numel() // 8)
         return total
-
-
-def _step_of(sequences: Sequences) -> int:
-    """The address of the sequences as the library reads them; made once for all layers."""
-    if sequences.native is None:
-        s = sequences
-        tensors = (s.positions, s.slots, s.row_begin, s.context, s.block_begin, s.blocks)
-        at = [_checked(tensor, torch.int32).data_ptr() for tensor in tensors]
-        sequences.native = _Step(len(s.positions), at[0], at[1], len(s.context), at[2], at[3], at[4], at[5])
-    return ctypes.addressof(sequences.native)
 
 
 def _native(linear: Linear) -> NativeLinear:

@@ -51,6 +51,7 @@ def test_the_bench_reports_each_batch_size_with_shares_that_can_be(monkeypatch):
         assert r.prefill_tokens_per_s > 0
         assert 0 < r.outside_kernels < 1
         assert 0 <= r.stall < 1
+        assert (r.of_reading_once is not None) == (r.num_seqs == 1)
 
 
 async def test_random_weights_are_served_like_a_checkpoint_with_numbers_for_text(tmp_path: Path, monkeypatch):

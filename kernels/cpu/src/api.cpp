@@ -1,4 +1,5 @@
 // The library's C interface: one pool, one instruction set, chosen once; each call holds the pool until it is done.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -161,11 +162,15 @@ int foregate_route(const foregate::RouterLayer* layer, const float* residual, in
 }
 
 // Products of the ready experts; weights and residual, if not null: all of the tokens' products are there then, and
-// are added to residual.
-void foregate_expert_mlp(const foregate::ExpertCall* call, const float* weights, float* residual) {
+// are added to residual. 0, or -1, with nothing done, if no token goes to one of the experts.
+int foregate_expert_mlp(const foregate::ExpertCall* call, const float* weights, float* residual) {
+    const foregate::Routing& routing = call->routing;
+    for (int i = 0; i < call->num_ready; ++i)
+        if (!std::binary_search(routing.experts, routing.experts + routing.num_experts, call->ready[i])) return -1;
     std::lock_guard<std::mutex> lock(mutex);
     table->expert_mlp(*pool, *call);
     if (residual) table->combine(*pool, call->out, weights, call->num_tokens, call->num_active, call->hidden_size, residual, 1);
+    return 0;
 }
 
 void foregate_mlp(const foregate::MlpLayer* layer, const float* x, int num_rows, float* residual) {
