@@ -58,6 +58,7 @@ class Lease:
         self._held: list[_Entry] = []  # pinned by this lease
         self._awaited: list[_Entry] = []  # pinned by this lease, not handed out yet
         self._waiting = list(keys)  # no slot yet
+        self._found: list[tuple[ExpertKey, int]] = []  # ready from the start, not handed out yet
         self._released = False
 
     def batches(self) -> Iterator[list[tuple[ExpertKey, int]]]:
@@ -66,6 +67,9 @@ class Lease:
         What a step has yielded may be computed until the next one is asked for. Raises `ExpertReadError` for a record
         that cannot be read.
         """
+        if self._found:
+            found, self._found = self._found, []
+            yield found
         while self._awaited or self._waiting:
             yield self._cache._next_batch(self)
 
@@ -127,12 +131,18 @@ class ExpertCache:
                     missing.append(key)
                     continue
                 self._policy.touch(key)
-                counters.hits += entry.ready
-                counters.joined += not entry.ready
-                self._pin(lease, entry)
-            lease._waiting = missing
-            self._load_waiting(lease)
-            self._num_waves += bool(lease._waiting)
+                if entry.ready:
+                    entry.pins += 1
+                    lease._held.append(entry)
+                    lease._found.append((key, entry.slot))
+                else:
+                    counters.joined += 1
+                    self._pin(lease, entry)
+            counters.hits += len(lease._found)
+            if missing:
+                lease._waiting = missing
+                self._load_waiting(lease)
+                self._num_waves += bool(lease._waiting)
         return lease
 
     def _pin(self, lease: Lease, entry: _Entry) -> None:

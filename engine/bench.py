@@ -112,7 +112,7 @@ def _warm_up(engine: Engine, backend: _TimedBackend, workload: Workload) -> None
     """Short runs until a run reads no experts any more; but only a few, where they do not all fit."""
     for i in range(_MAX_WARM_UPS):
         before = engine.stats().expert_cache.fetches
-        _run(engine, backend, 1, replace(workload, output_tokens=4), seed=-1 - i)
+        _run(engine, backend, 1, replace(workload, output_tokens=4), seed=10_000 + i)
         if engine.stats().expert_cache.fetches == before:
             break
 

@@ -56,6 +56,7 @@ class Routing:
     experts: list[int]  # distinct, ascending
     row_begin: Tensor  # int32 [experts + 1] into positions
     positions: Tensor  # int32 [T * k]
+    num_positions: int
 
     @classmethod
     def of(cls, ids: Tensor, weights: Tensor) -> Routing:
@@ -63,7 +64,7 @@ class Routing:
         flat = ids.flatten()
         order = flat.argsort(stable=True)
         experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
-        return cls(ids, weights, experts.tolist(), F.pad(counts.cumsum(0), (1, 0)).int(), order.int())
+        return cls(ids, weights, experts.tolist(), F.pad(counts.cumsum(0), (1, 0)).int(), order.int(), len(flat))
 
     def tokens_of(self, expert: int) -> list[int]:
         """The rows that are routed to an expert."""

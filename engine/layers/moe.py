@@ -66,7 +66,7 @@ class MoELayer:
         """Adds to residual [T, H]; raises `ExpertFailure`, and the step is then void."""
         x, routing = self._router(residual)
         keys = [self._keys[expert] for expert in routing.experts]
-        outputs = self._experts.outputs(len(routing.positions))
+        outputs = self._experts.outputs(routing.num_positions)
         backend, records = self._backend, self._experts.records
         at_once = False
         try:

@@ -23,6 +23,7 @@ from kernels.backend import (
     Sequences,
 )
 from kernels.quant.blocked import pack_matrix
+from kernels.quant.layout import RecordLayout
 
 _FORMATS = {"float32": 0, "bf16": 1, "int8": 2, "int4": 3}
 _ROUTINGS = {"softmax": 0, "softmax_renormalised": 1, "unweighted": 2}
@@ -215,9 +216,7 @@ class _Rows:
         self.step: _Step | None = None
         self.step_address = 0
         self.routing: _RoutingBuffers | None = None
-        self.products: tuple[Tensor, Tensor, Tensor | None] | None = (
-            None  # x, outputs, add_to of the last experts' call
-        )
+        self.products: _Products | None = None
 
     def use(self, residual: Tensor) -> None:
         _checked(residual, torch.float32)
@@ -237,11 +236,56 @@ class _Rows:
         return self.routing
 
 
+class _Products:
+    """A call of the expert kernel but for its experts; made again when a tensor is another one."""
+
+    def __init__(
+        self, x: Tensor, routing: Routing, layout: RecordLayout, outputs: Tensor, add_to: Tensor | None
+    ) -> None:
+        self.of = (x, routing.positions, layout, outputs, add_to)
+        num_tokens, num_active = routing.ids.shape
+        if (
+            _checked(x, torch.float32).shape != (num_tokens, layout.hidden_size)
+            or _checked(outputs, torch.float32).shape != (num_tokens * num_active, layout.hidden_size)
+            or (add_to is not None and _checked(add_to, torch.float32).shape != x.shape)
+        ):
+            raise ValueError(f"x {tuple(x.shape)} or outputs {tuple(outputs.shape)} does not fit the routing")
+        self.call = _ExpertCall(
+            format=_FORMATS[layout.format],
+            hidden_size=layout.hidden_size,
+            intermediate_size=layout.intermediate_size,
+            x=x.data_ptr(),
+            num_tokens=num_tokens,
+            num_active=num_active,
+            routing=_Routing(row_begin=routing.row_begin.data_ptr(), positions=routing.positions.data_ptr()),
+            out=outputs.data_ptr(),
+        )
+        self._tensors = (routing.weights, routing.row_begin)  # what is pointed to
+        self.addresses = (
+            ctypes.addressof(self.call),
+            routing.weights.data_ptr(),
+            0 if add_to is None else add_to.data_ptr(),
+        )
+
+    def fits(self, x: Tensor, routing: Routing, layout: RecordLayout, outputs: Tensor, add_to: Tensor | None) -> bool:
+        of = self.of
+        return (
+            x is of[0]
+            and routing.positions is of[1]
+            and layout is of[2]
+            and outputs is of[3]
+            and add_to is of[4]
+            and routing.weights is self._tensors[0]
+            and routing.row_begin is self._tensors[1]
+        )
+
+
 class _RoutingBuffers:
     """What a router writes; the next layer's router writes it again."""
 
     def __init__(self, num_tokens: int, hidden_size: int, num_experts: int, num_active: int) -> None:
         self.sizes = (num_tokens, hidden_size, num_experts, num_active)
+        self.num_positions = num_tokens * num_active
         self.x = torch.empty(num_tokens, hidden_size)
         self.ids = torch.empty(num_tokens, num_active, dtype=torch.int32)
         self.weights = torch.empty(num_tokens, num_active)
@@ -365,7 +409,8 @@ class NativeRouter:
             )
         to = rows.routing_buffers(self._router.num_outputs, self._num_active)
         num_found = self._run(self._layer_address, rows.address, rows.num_tokens, *to.addresses)
-        return to.x, Routing(to.ids, to.weights, to.experts[:num_found], to.row_begin, to.positions)
+        experts = to.experts[:num_found]
+        return to.x, Routing(to.ids, to.weights, experts, to.row_begin, to.positions, to.num_positions)
 
 
 class NativeMlp:
@@ -435,40 +480,18 @@ class NativeBackend:
         outputs: Tensor,
         add_to: Tensor | None = None,
     ) -> None:
-        layout, addresses = records.layout, records.addresses
         products = self._rows.products
-        if products is None or x is not products[0] or outputs is not products[1] or add_to is not products[2]:
-            for tensor in (x, outputs, *(() if add_to is None else (add_to,))):
-                _checked(tensor, torch.float32)
-            self._rows.products = (x, outputs, add_to)
-        num_tokens, num_active = routing.ids.shape
-        hidden_size = layout.hidden_size
-        if (
-            x.shape != (num_tokens, hidden_size)
-            or outputs.shape != (num_tokens * num_active, hidden_size)
-            or (add_to is not None and add_to.shape != x.shape)
-        ):
-            raise ValueError(f"x {tuple(x.shape)} or outputs {tuple(outputs.shape)} does not fit the routing")
+        if products is None or not products.fits(x, routing, records.layout, outputs, add_to):
+            products = self._rows.products = _Products(x, routing, records.layout, outputs, add_to)
+        addresses = records.addresses
         experts = array("i", routing.experts)
         ready_experts = array("i", [expert for expert, _ in ready])
         ready_records = array("Q", [addresses[slot] for _, slot in ready])
-        call = _ExpertCall(
-            _FORMATS[layout.format],
-            hidden_size,
-            layout.intermediate_size,
-            x.data_ptr(),
-            num_tokens,
-            num_active,
-            _Routing(
-                len(experts), experts.buffer_info()[0], routing.row_begin.data_ptr(), routing.positions.data_ptr()
-            ),
-            len(ready),
-            ready_experts.buffer_info()[0],
-            ready_records.buffer_info()[0],
-            outputs.data_ptr(),
-        )
-        weights, residual = routing.weights.data_ptr(), 0 if add_to is None else add_to.data_ptr()
-        if self._library.foregate_expert_mlp(ctypes.addressof(call), weights, residual) != 0:
+        call = products.call
+        call.routing.num_experts, call.routing.experts = len(experts), experts.buffer_info()[0]
+        call.num_ready, call.ready = len(ready_experts), ready_experts.buffer_info()[0]
+        call.records = ready_records.buffer_info()[0]
+        if self._library.foregate_expert_mlp(*products.addresses) != 0:
             raise ValueError(f"some of the experts {ready} were not routed to")
 
     def combine(self, outputs: Tensor, weights: Tensor, add_to: Tensor) -> None:

@@ -73,13 +73,26 @@ def test_routing_takes_the_best_and_weighs_them_as_the_family_wants():
 )
 def test_activations_are_rounded_within_what_their_format_holds(format: str, bound: float):
     torch.manual_seed(0)
-    x = torch.randn(5, 100) * torch.logspace(-3, 3, 100)
+    x = torch.randn(5, 600) * torch.logspace(-3, 3, 600)
+
+    def spans(values: torch.Tensor) -> torch.Tensor:
+        return F.pad(values, (0, 168)).unflatten(-1, (-1, 256)).abs()
+
     rounded = reference.round_activations(x, format)
-    largest = F.pad(x, (0, 28)).unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True)
-    error = F.pad(rounded - x, (0, 28)).unflatten(-1, (-1, 32)).abs()
+    largest, error = spans(x).amax(-1, keepdim=True), spans(rounded - x)
     assert (error <= 1.001 * bound * largest).all()
     assert format == "float32" or error.max() > 0
     assert (reference.round_activations(torch.zeros(2, 32), format) == 0).all()
+
+
+def test_a_dense_span_with_an_outlier_is_rounded_to_sixteen_bits():
+    torch.manual_seed(0)
+    x = torch.randn(2, 512)
+    x[0, 300] = 100.0
+    error = (reference.round_activations(x, "int8", is_dense=True) - x).abs()
+    assert error[0, 256:].max() <= 0.501 * 100 / (127 * 256)
+    assert error[0, 256:].max() > 0
+    assert torch.equal(error[1], (reference.round_activations(x[1:], "int8") - x[1:]).abs()[0])
 
 
 def test_combine_is_the_weighted_sum_in_routing_order():
