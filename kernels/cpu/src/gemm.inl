@@ -24,7 +24,7 @@ private:
 
 // Memory for one kernel call, kept for the next: kernels are called by one thread at a time.
 struct Scratch {
-    std::vector<uint8_t> memory[3];
+    std::vector<uint8_t> memory[4];
     uint8_t* take(int which, size_t nbytes) {
         auto& m = memory[which];
         if (m.size() < nbytes + 64) m.resize(nbytes + nbytes / 4 + 64);
@@ -122,7 +122,7 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
     uint8_t* inner_memory = scratch.take(1, inner_total);
     float* activated = (float*)scratch.take(2, (size_t)num_rows * inner * sizeof(float));
 
-    // One parallel region of three kinds of tasks, each waiting for those before it that it needs. Tasks are taken in
+    // One parallel region of four kinds of tasks, each waiting for those before it that it needs. Tasks are taken in
     // order, so what a task waits for is done or being done.
     static std::vector<Countdown> filled, gated;  // of each expert
     if ((int)filled.size() < call.num_ready) {
@@ -132,16 +132,34 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
     const int units_per_task = 2 * kLanes, num_gates = inner / units_per_task;
     const int num_blocks = hidden / kLanes, blocks_per_task = std::min(4, num_blocks);
     const int num_downs = ceil_div(num_blocks, blocks_per_task), num_fills = one_token ? 0 : (int)runs.size();
+    // where a token goes to several of these experts it is quantised once, and copied to each
+    const bool copies = !one_token && num_rows >= 2 * call.num_tokens;
+    constexpr int tokens_per_task = 8;
+    const int num_tokens_tasks = copies ? ceil_div(call.num_tokens, tokens_per_task) : 0;
+    const size_t token_nbytes = in.tile_nbytes(1);
+    uint8_t* tokens = scratch.take(3, copies ? call.num_tokens * token_nbytes : 0);
+    static Countdown quantised;
+    quantised.start(num_tokens_tasks);
     for (int e = 0; e < call.num_ready; ++e) {
         filled[e].start(one_token ? 0 : first_run[e + 1] - first_run[e]);
         gated[e].start(num_gates);
     }
     if (one_token) put_row(in, call.x, Tile(in, memory, 1), 0);
 
+    auto quantise = [&](int begin) {
+        for (int t = begin; t < std::min(call.num_tokens, begin + tokens_per_task); ++t)
+            put_row(in, call.x + (size_t)t * hidden, Tile(in, tokens + t * token_nbytes, 1), 0);
+        quantised.done();
+    };
+
     auto fill = [&](int t) {
         const Tile tile(in, memory + runs[t].at, runs[t].num_rows);
-        for (int r = 0; r < tile.num_rows; ++r)
-            put_row(in, call.x + (size_t)(position_of[runs[t].first + r] / call.num_active) * hidden, tile, r);
+        quantised.wait();
+        for (int r = 0; r < tile.num_rows; ++r) {
+            const int token = position_of[runs[t].first + r] / call.num_active;
+            if (copies) copy_row(in, Tile(in, tokens + token * token_nbytes, 1), tile, r);
+            else put_row(in, call.x + (size_t)token * hidden, tile, r);
+        }
         filled[std::upper_bound(first_run.begin(), first_run.end(), t) - first_run.begin() - 1].done();
     };
 
@@ -176,23 +194,26 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
         const int end = std::min(num_blocks, begin + blocks_per_task);
         const RowSpan* mine = inner_runs.data() + first_run[e];
         const int num_runs = first_run[e + 1] - first_run[e];
-        float* values = values_of_thread(most_rows);
+        const size_t pair_size = (size_t)most_rows * kPair * kLanes;
+        float* values = values_of_thread(most_rows * ceil_div(blocks_per_task, kPair));
         gated[e].wait();
         for (int n = begin; n < end; n += kPair) {
             const uint8_t* first = call.records[e] + down_at + n * out.block_nbytes;
             const uint8_t* w[kPair] = {first, first + out.block_nbytes};
-            const int width = std::min(kPair, end - n);
-            product(out, w, width, mine, num_runs, inner_memory, values);
-            for (int t = 0; t < num_runs; ++t)
-                for (int r = 0; r < mine[t].num_rows; ++r) {
-                    float* to = call.out + (size_t)position_of[mine[t].first + r] * hidden + n * kLanes;
-                    for (int b = 0; b < width; ++b)
-                        f_store(to + b * kLanes, f_load(values_at(values, mine[t].first - mine[0].first, mine[t].num_rows, b, r)));
-                }
+            product(out, w, std::min(kPair, end - n), mine, num_runs, inner_memory, values + (n - begin) / kPair * pair_size);
         }
+        for (int t = 0; t < num_runs; ++t)  // all columns of a row together: rows lie pages apart
+            for (int r = 0; r < mine[t].num_rows; ++r) {
+                float* to = call.out + (size_t)position_of[mine[t].first + r] * hidden + begin * kLanes;
+                const int first = mine[t].first - mine[0].first, num = mine[t].num_rows;
+                for (int b = 0; b < end - begin; ++b)
+                    f_store(to + b * kLanes, f_load(values_at(values + b / kPair * pair_size, first, num, b % kPair, r)));
+            }
     };
 
-    pool.parallel(num_fills + call.num_ready * (num_gates + num_downs), [&](int task) {
+    pool.parallel(num_tokens_tasks + num_fills + call.num_ready * (num_gates + num_downs), [&](int task) {
+        if (task < num_tokens_tasks) return quantise(task * tokens_per_task);
+        task -= num_tokens_tasks;
         if (task < num_fills) return fill(task);
         task -= num_fills;
         if (task < call.num_ready * num_gates) return gate_and_up(task / num_gates, task % num_gates * units_per_task);

@@ -162,6 +162,17 @@ static void put_row(const Shape& shape, const float* x, const Tile& tile, int r)
     }
 }
 
+// Copy the only row of a tile to row r of another; of shapes without low bytes.
+static void copy_row(const Shape& shape, const Tile& from, const Tile& to, int r) {
+    for (int i = 0; i < shape.num_chunks(); ++i) memcpy(to.chunks + ((size_t)i * to.num_rows + r) * 64, from.chunks + i * 64, 64);
+    for (int s = 0; s < shape.num_spans; ++s) {
+        to.scales[s * to.num_rows + r] = from.scales[s];
+        to.correction[s * to.num_rows + r] = from.correction[s];
+    }
+    if (shape.format == kInt4)
+        for (int p = 0; p < shape.num_pieces; ++p) to.pairs[p * to.num_rows + r] = from.pairs[p];
+}
+
 // ---- products of a few rows -----------------------------------------------------------------------------------------
 
 static inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
@@ -193,17 +204,17 @@ static inline void product_int4(const Shape& shape, const uint8_t* w, const Tile
             const I16 bases = i_pairs_from_u8(w + 544);
             for (int r = 0; r < R; ++r) base[r] = dot2(base[r], bases, pairs[r]);
             for (int g = 0; g < 2; ++g) {
-                I16 low_sum[R], high_sum[R];  // of high nibbles where they are, 16 times too large
+                I16 low_sum[R], high_sum[R];
                 for (int r = 0; r < R; ++r) low_sum[r] = high_sum[r] = i_set1(0);
                 for (int c = 0; c < 4; ++c) {
                     const B64 both = b_load(w + g * 256 + c * 64);
-                    const B64 low = b_low(both), high = b_high_in_place(both);
+                    const B64 low = b_low(both), high = b_high_part(both);
                     const uint8_t* at = chunk + g * 32 + c * 8;
                     for (int r = 0; r < R; ++r) low_sum[r] = dot4_small(low_sum[r], low, word_at(at + r * 64));
-                    for (int r = 0; r < R; ++r) high_sum[r] = dot4(high_sum[r], high, word_at(at + r * 64 + 4));
+                    for (int r = 0; r < R; ++r) high_sum[r] = dot4_high_part(high_sum[r], high, word_at(at + r * 64 + 4));
                 }
                 const F16 step = f_from_i(i_from_u8(w + 512 + g * 16));
-                for (int r = 0; r < R; ++r) total[r] = f_fma(f_from_i(i_add(low_sum[r], i_shift_right4(high_sum[r]))), step, total[r]);
+                for (int r = 0; r < R; ++r) total[r] = f_fma(f_from_i(i_add(low_sum[r], i_of_high_parts(high_sum[r]))), step, total[r]);
             }
         }
         const F16 factor = f_from_bf16(scale + s * 32);
