@@ -168,7 +168,9 @@ class Backend(Protocol):
 def _native(num_threads: int) -> Backend:
     from kernels.cpu.native import NativeBackend
 
-    return NativeBackend(num_threads)
+    backend = NativeBackend(num_threads)
+    _log.info("native kernels: %s, %d threads", backend.isa, num_threads)
+    return backend
 
 
 def _reference(num_threads: int) -> Backend:

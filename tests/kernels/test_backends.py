@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -346,7 +347,9 @@ def test_attention_gives_a_row_the_same_bits_in_any_chunk_company_and_number_of_
 
 def test_the_backend_is_chosen_by_name_and_the_slow_one_loudly(monkeypatch, caplog):
     assert choose_backend("reference", 1).name == "reference"
-    assert choose_backend("auto", 1).name == "native"
+    with caplog.at_level("INFO"):
+        assert choose_backend("auto", 1).name == "native"
+    assert re.search(r"native kernels: (amx|avx512|avx2|portable), 1 threads", caplog.text)
     with pytest.raises(ValueError, match="unknown kernels 'fast'; known: auto, native, reference"):
         choose_backend("fast", 1)
 
