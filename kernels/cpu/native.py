@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from ctypes import c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
-from functools import cache
-from pathlib import Path
+from ctypes import c_int
 
 import torch
 from torch import Tensor
@@ -22,151 +20,13 @@ from kernels.backend import (
     Routing,
     Sequences,
 )
+from kernels.cpu import library as lib
 from kernels.quant.blocked import pack_matrix
 from kernels.quant.layout import RecordLayout
 
 _FORMATS = {"float32": 0, "bf16": 1, "int8": 2, "int4": 3}
 _ROUTINGS = {"softmax": 0, "softmax_renormalised": 1, "unweighted": 2}
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
-_LIBRARY = Path(__file__).parent / "libforegate.so"
-
-
-class _Routing(ctypes.Structure):
-    _fields_ = (("num_experts", c_int), ("experts", c_void_p), ("row_begin", c_void_p), ("positions", c_void_p))
-
-
-class _ExpertCall(ctypes.Structure):
-    _fields_ = (
-        ("format", c_int),
-        ("hidden_size", c_int),
-        ("intermediate_size", c_int),
-        ("x", c_void_p),
-        ("num_tokens", c_int),
-        ("num_active", c_int),
-        ("routing", _Routing),
-        ("num_ready", c_int),
-        ("ready", c_void_p),
-        ("records", c_void_p),
-        ("out", c_void_p),
-    )
-
-
-class _LinearCall(ctypes.Structure):
-    _fields_ = (
-        ("format", c_int),
-        ("num_outputs", c_int),
-        ("num_inputs", c_int),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("x", c_void_p),
-        ("x_stride", c_int64),
-        ("num_rows", c_int),
-        ("out", c_void_p),
-        ("out_stride", c_int64),
-        ("accumulate", c_int),
-    )
-
-
-class _AttentionCall(ctypes.Structure):
-    _fields_ = (
-        ("num_heads", c_int),
-        ("num_kv_heads", c_int),
-        ("head_dim", c_int),
-        ("kv_is_bf16", c_int),
-        ("scale", c_float),
-        ("query", c_void_p),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("num_seqs", c_int),
-        ("row_begin", c_void_p),
-        ("context", c_void_p),
-        ("block_begin", c_void_p),
-        ("blocks", c_void_p),
-        ("out", c_void_p),
-    )
-
-
-class _QkvCall(ctypes.Structure):
-    _fields_ = (
-        ("num_heads", c_int),
-        ("num_kv_heads", c_int),
-        ("head_dim", c_int),
-        ("kv_is_bf16", c_int),
-        ("norm", c_int),
-        ("eps", c_float),
-        ("clip", c_float),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("qkv", c_void_p),
-        ("num_rows", c_int),
-        ("positions", c_void_p),
-        ("slots", c_void_p),
-        ("query", c_void_p),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        ("num_rows", c_int),
-        ("positions", c_void_p),
-        ("slots", c_void_p),
-        ("num_seqs", c_int),
-        ("row_begin", c_void_p),
-        ("context", c_void_p),
-        ("block_begin", c_void_p),
-        ("blocks", c_void_p),
-    )
-
-
-class _AttentionLayer(ctypes.Structure):
-    _fields_ = (
-        ("hidden_size", c_int),
-        ("eps", c_float),
-        ("norm", c_void_p),
-        ("qkv", _LinearCall),
-        ("output", _LinearCall),
-        ("prepare", _QkvCall),
-        ("attention", _AttentionCall),
-    )
-
-
-class _RouterLayer(ctypes.Structure):
-    _fields_ = (
-        ("eps", c_float),
-        ("norm", c_void_p),
-        ("router", _LinearCall),
-        ("num_active", c_int),
-        ("mode", c_int),
-    )
-
-
-class _MlpLayer(ctypes.Structure):
-    _fields_ = (("eps", c_float), ("norm", c_void_p), ("gate_up", _LinearCall), ("down", _LinearCall))
-
-
-@cache
-def _load() -> ctypes.CDLL:
-    if not _LIBRARY.exists():
-        raise RuntimeError("the native kernels were not built: install a C++17 compiler and install Foregate again")
-    library = ctypes.CDLL(str(_LIBRARY))
-    library.foregate_start.argtypes = (c_int, c_char_p)
-    library.foregate_isa.restype = c_char_p
-    library.foregate_linear.argtypes = (c_void_p,)
-    library.foregate_attention.argtypes = (c_void_p, c_void_p, c_void_p)
-    library.foregate_route.argtypes = (c_void_p, c_void_p, c_int, *[c_void_p] * 6)
-    library.foregate_mlp.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
-    library.foregate_expert_mlp.argtypes = (c_void_p, c_void_p, c_void_p)
-    library.foregate_rms_norm.argtypes = (c_void_p, c_void_p, c_float, c_int, c_int, c_void_p)
-    library.foregate_combine.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p)
-    for name in ("linear", "attention", "mlp", "rms_norm", "combine"):
-        getattr(library, f"foregate_{name}").restype = None
-    library.foregate_read.argtypes = (c_void_p, c_int64)
-    library.foregate_read.restype = c_uint64
-    return library
 
 
 class NativeLinear:
@@ -177,7 +37,7 @@ class NativeLinear:
         self.packed = pack_matrix(format, weight)
         self._bias = None if bias is None else bias.float().contiguous()
         self._run = library.foregate_linear
-        self.call = _LinearCall(
+        self.call = lib.LinearCall(
             format=_FORMATS[format],
             num_outputs=self.num_outputs,
             num_inputs=self.num_inputs,
@@ -213,7 +73,7 @@ class _Rows:
         self.residual: Tensor | None = None
         self.address = self.num_tokens = self.hidden_size = 0
         self.sequences: Sequences | None = None
-        self.step: _Step | None = None
+        self.step: lib.Step | None = None
         self.step_address = 0
         self.routing: _RoutingBuffers | None = None
         self.products: _Products | None = None
@@ -226,7 +86,7 @@ class _Rows:
     def use_sequences(self, s: Sequences) -> None:
         tensors = (s.positions, s.slots, s.row_begin, s.context, s.block_begin, s.blocks)
         at = [_checked(tensor, torch.int32).data_ptr() for tensor in tensors]
-        self.step = _Step(len(s.positions), at[0], at[1], len(s.context), at[2], at[3], at[4], at[5])
+        self.step = lib.Step(len(s.positions), at[0], at[1], len(s.context), at[2], at[3], at[4], at[5])
         self.sequences, self.step_address = s, ctypes.addressof(self.step)
 
     def routing_buffers(self, num_experts: int, num_active: int) -> _RoutingBuffers:
@@ -250,14 +110,14 @@ class _Products:
             or (add_to is not None and _checked(add_to, torch.float32).shape != x.shape)
         ):
             raise ValueError(f"x {tuple(x.shape)} or outputs {tuple(outputs.shape)} does not fit the routing")
-        self.call = _ExpertCall(
+        self.call = lib.ExpertCall(
             format=_FORMATS[layout.format],
             hidden_size=layout.hidden_size,
             intermediate_size=layout.intermediate_size,
             x=x.data_ptr(),
             num_tokens=num_tokens,
             num_active=num_active,
-            routing=_Routing(row_begin=routing.row_begin.data_ptr(), positions=routing.positions.data_ptr()),
+            routing=lib.Routing(row_begin=routing.row_begin.data_ptr(), positions=routing.positions.data_ptr()),
             out=outputs.data_ptr(),
         )
         self._tensors = (routing.weights, routing.row_begin)  # what is pointed to
@@ -322,13 +182,13 @@ class NativeAttention:
         self._run = library.foregate_attention
         self._rows = rows
         self._shape, self._norm, self._qkv, self._output = shape, norm, qkv, output  # keeps alive what is pointed to
-        self._layer = _AttentionLayer(
+        self._layer = lib.AttentionLayer(
             hidden_size=qkv.num_inputs,
             eps=shape.eps,
             norm=norm.data_ptr(),
             qkv=qkv.call,
             output=output.call,
-            prepare=_QkvCall(
+            prepare=lib.QkvCall(
                 num_heads=shape.num_heads,
                 num_kv_heads=shape.num_kv_heads,
                 head_dim=head_dim,
@@ -340,7 +200,7 @@ class NativeAttention:
                 cos=shape.cos.data_ptr(),
                 sin=shape.sin.data_ptr(),
             ),
-            attention=_AttentionCall(
+            attention=lib.AttentionCall(
                 num_heads=shape.num_heads,
                 num_kv_heads=shape.num_kv_heads,
                 head_dim=head_dim,
@@ -394,7 +254,7 @@ class NativeRouter:
         self._run = library.foregate_route
         self._rows = rows
         self._norm, self._router, self._num_active = norm, router, num_active
-        self._layer = _RouterLayer(
+        self._layer = lib.RouterLayer(
             eps=eps, norm=norm.data_ptr(), router=router.call, num_active=num_active, mode=_ROUTINGS[routing]
         )
         self._layer_address = ctypes.addressof(self._layer)
@@ -423,7 +283,7 @@ class NativeMlp:
             raise ValueError(f"gate and up of {gate_up.num_outputs} rows do not fit down of {down.num_inputs} inputs")
         self._run = library.foregate_mlp
         self._norm, self._gate_up, self._down = norm, gate_up, down
-        self._layer = _MlpLayer(
+        self._layer = lib.MlpLayer(
             eps=eps, norm=0 if norm is None else norm.data_ptr(), gate_up=gate_up.call, down=down.call
         )
 
@@ -442,7 +302,7 @@ class NativeBackend:
 
     def __init__(self, num_threads: int, isa: str = "") -> None:
         """`isa` is amx, avx512, avx2 or portable; empty: the best here. Raises `RuntimeError` if it cannot be had."""
-        self._library = _load()
+        self._library = lib.load_library()
         if self._library.foregate_start(num_threads, isa.encode()) != 0:
             raise RuntimeError(f"this CPU cannot run the native kernels for {isa!r}")
         self.isa: str = self._library.foregate_isa().decode()
