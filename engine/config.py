@@ -9,8 +9,8 @@ from typing import Literal
 
 from engine.errors import ConfigError
 
-Dtype = Literal["auto", "float32", "bfloat16", "int8"]
-DTYPES = ("auto", "float32", "bfloat16", "int8")
+Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*$", re.IGNORECASE)
 _UNITS = {"B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}

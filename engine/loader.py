@@ -23,13 +23,12 @@ from kernels.backend import AttentionKernel, AttentionShape, Backend, Linear, Ml
 
 _log = logging.getLogger(__name__)
 
-_DENSE_FORMATS = {"float32": "float32", "bfloat16": "bf16", "int8": "int8"}
-_KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+_DENSE_FORMATS = {"float32": "float32", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 
 
 def kv_dtype(dtype: str) -> torch.dtype:
     """What keys and values are kept in beside dense weights of that dtype."""
-    return _KV_DTYPES[dtype]
+    return torch.float32 if dtype == "float32" else torch.bfloat16
 
 
 def load_decoder(

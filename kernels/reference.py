@@ -15,7 +15,7 @@ def round_activations(x: Tensor, format: str, *, is_dense: bool = False) -> Tens
     """x [..., K] as products of this weight format see it, float32.
 
     float32: as it is; bf16: rounded to bf16; int8, int4: 8 bits per row and span of 256, scale = largest / 127. In
-    dense int8 layers a span whose largest is above OUTLIER times its root mean square has 16 bits, 256 steps for one.
+    dense layers a span whose largest is above OUTLIER times its root mean square has 16 bits, 256 steps for one.
     """
     if format == "float32":
         return x.float()
@@ -25,7 +25,7 @@ def round_activations(x: Tensor, format: str, *, is_dense: bool = False) -> Tens
     spans: Tensor = F.pad(x.float(), (0, -num_inputs % SPAN)).unflatten(-1, (-1, SPAN))
     largest = spans.abs().amax(-1, keepdim=True)
     steps = torch.full_like(largest, 127.0)
-    if is_dense and format == "int8":
+    if is_dense:
         widths = F.pad(torch.ones(num_inputs), (0, -num_inputs % SPAN)).view(-1, SPAN).sum(-1, keepdim=True)
         is_outlier = largest.square() * widths > OUTLIER**2 * spans.square().sum(-1, keepdim=True)
         steps = torch.where(is_outlier, 127.0 * 256.0, steps)

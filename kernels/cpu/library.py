@@ -145,10 +145,18 @@ class MlpLayer(ctypes.Structure):
     _fields_ = (("eps", c_float), ("norm", c_void_p), ("gate_up", LinearCall), ("down", LinearCall))
 
 
+FORMATS = {"float32": 0, "bf16": 1, "int8": 2, "int4": 3}  # numbered as in kernels.h
+
+
+def is_built() -> bool:
+    """Whether a compiler was there when Foregate was installed."""
+    return _LIBRARY.exists()
+
+
 @cache
 def load_library() -> ctypes.CDLL:
     """The library with its functions' types; raises `RuntimeError` if it was not built."""
-    if not _LIBRARY.exists():
+    if not is_built():
         raise RuntimeError("the native kernels were not built: install a C++17 compiler and install Foregate again")
     library = ctypes.CDLL(str(_LIBRARY))
     library.foregate_start.argtypes = (c_int, c_char_p)
@@ -160,7 +168,8 @@ def load_library() -> ctypes.CDLL:
     library.foregate_expert_mlp.argtypes = (c_void_p, c_void_p, c_void_p)
     library.foregate_rms_norm.argtypes = (c_void_p, c_void_p, c_float, c_int, c_int, c_void_p)
     library.foregate_combine.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p)
-    for name in ("linear", "attention", "mlp", "rms_norm", "combine"):
+    library.foregate_pack.argtypes = (c_int, c_void_p, c_int, c_int, c_void_p, c_int)
+    for name in ("linear", "attention", "mlp", "rms_norm", "combine", "pack"):
         getattr(library, f"foregate_{name}").restype = None
     library.foregate_read.argtypes = (c_void_p, c_int64)
     library.foregate_read.restype = c_uint64

@@ -24,7 +24,6 @@ from kernels.cpu import library as lib
 from kernels.quant.blocked import pack_matrix
 from kernels.quant.layout import RecordLayout
 
-_FORMATS = {"float32": 0, "bf16": 1, "int8": 2, "int4": 3}
 _ROUTINGS = {"softmax": 0, "softmax_renormalised": 1, "unweighted": 2}
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
 
@@ -38,7 +37,7 @@ class NativeLinear:
         self._bias = None if bias is None else bias.float().contiguous()
         self._run = library.foregate_linear
         self.call = lib.LinearCall(
-            format=_FORMATS[format],
+            format=lib.FORMATS[format],
             num_outputs=self.num_outputs,
             num_inputs=self.num_inputs,
             weight=self.packed.data_ptr(),
@@ -111,7 +110,7 @@ class _Products:
         ):
             raise ValueError(f"x {tuple(x.shape)} or outputs {tuple(outputs.shape)} does not fit the routing")
         self.call = lib.ExpertCall(
-            format=_FORMATS[layout.format],
+            format=lib.FORMATS[layout.format],
             hidden_size=layout.hidden_size,
             intermediate_size=layout.intermediate_size,
             x=x.data_ptr(),

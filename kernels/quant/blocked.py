@@ -9,9 +9,13 @@ base for each group of 32, so that an int4 matrix expands to an int8 one exactly
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from kernels.cpu.library import FORMATS, is_built, load_library
 
 ROWS = 16  # outputs in one block
 PIECE = 64  # inputs in one piece
@@ -28,7 +32,21 @@ def packed_nbytes(format: str, num_outputs: int, num_inputs: int) -> int:
 
 
 def pack_matrix(format: str, weight: Tensor) -> Tensor:
-    """weight [N, K] float -> uint8 [blocks, block bytes]."""
+    """weight [N, K] float -> uint8 [blocks, block bytes], natively where that was built: the same bits, much faster."""
+    if format not in QUANTISED or not is_built():
+        return pack_in_torch(format, weight)
+    weight = weight.float().contiguous()
+    num_outputs, num_inputs = weight.shape
+    packed = torch.empty(-(-num_outputs // ROWS), _block_nbytes(format, num_inputs), dtype=torch.uint8)
+    num_threads = len(os.sched_getaffinity(0))
+    load_library().foregate_pack(
+        FORMATS[format], weight.data_ptr(), num_outputs, num_inputs, packed.data_ptr(), num_threads
+    )
+    return packed
+
+
+def pack_in_torch(format: str, weight: Tensor) -> Tensor:
+    """What `pack_matrix` does, without a compiler."""
     num_outputs, num_inputs = weight.shape
     padded = F.pad(weight.float(), (0, -num_inputs % PIECE, 0, -num_outputs % ROWS))
     blocks = padded.view(-1, ROWS, padded.shape[1])  # [blocks, 16, K]
@@ -111,7 +129,8 @@ def _quantise_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nibble * step + base - 128 is near the value, and its first two terms never pass 255. Of a few pairs of step and
     base, those with the smallest squared error: a step that cuts off the ends is often better than one that does not.
     """
-    low, high = groups.amin(-1), groups.amax(-1)
+    groups = groups.t().contiguous()  # so that one group is a lane, and its errors are added one after the other
+    low, high = groups.amin(0), groups.amax(0)
     full = ((high - low) / 15.0).ceil_().clamp_(1.0, 17.0)
     best_error = torch.full_like(low, torch.inf)
     best_step, best_base = torch.ones_like(low), torch.full_like(low, 128.0)
@@ -120,16 +139,21 @@ def _quantise_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         slack = (high - low) - 15.0 * step  # what does not fit between the ends, or, negative, what is left over
         for share in (0.5,) if smaller == 0 else (0.5, 0.25, 0.75):
             base = (low + slack * share + 128.0).round_().clamp_(min=0.0).minimum(255.0 - 15.0 * step)
-            offset = base.unsqueeze(-1) - 128.0
-            u = ((groups - offset) / step.unsqueeze(-1)).round_().clamp_(0.0, 15.0)
-            error = (u * step.unsqueeze(-1)).add_(offset).sub_(groups).square_().sum(-1)
+            offset = base - 128.0
+            u = _nibbles(groups, step, offset)
+            error = torch.zeros_like(low)
+            for squares in u.mul_(step).add_(offset).sub_(groups).square_():
+                error += squares
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_step = torch.where(better, step, best_step)
             best_base = torch.where(better, base, best_base)
-    offset = best_base.unsqueeze(-1) - 128.0
-    nibbles = ((groups - offset) / best_step.unsqueeze(-1)).round_().clamp_(0.0, 15.0)
-    return nibbles.to(torch.uint8), best_step.to(torch.uint8), best_base.to(torch.uint8)
+    nibbles = _nibbles(groups, best_step, best_base - 128.0)
+    return nibbles.t().to(torch.uint8), best_step.to(torch.uint8), best_base.to(torch.uint8)
+
+
+def _nibbles(groups: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+    return (groups - offset).mul_(1.0 / step).round_().clamp_(0.0, 15.0)
 
 
 def _as_bytes(x: Tensor) -> Tensor:

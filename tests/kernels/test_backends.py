@@ -10,7 +10,7 @@ import torch
 
 from kernels import reference
 from kernels.backend import BACKENDS, AttentionShape, Backend, Records, Routing, Sequences, choose_backend
-from kernels.quant.blocked import pack_matrix, unpack_matrix
+from kernels.quant.blocked import pack_in_torch, pack_matrix, unpack_matrix
 from kernels.quant.formats import FORMATS
 from kernels.torch_backend import TorchBackend
 from tests.kernels.test_quant import random_weights
@@ -90,20 +90,33 @@ def test_a_row_has_the_same_bits_in_any_company_and_with_any_number_of_threads(n
             assert torch.equal(part, whole[start : start + num_rows]), (num_threads, num_rows)
 
 
-def test_a_span_with_an_outlier_keeps_the_precision_of_its_other_inputs(backend: Backend):
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_span_with_an_outlier_keeps_the_precision_of_its_other_inputs(backend: Backend, format: str):
     torch.manual_seed(0)
     weight, x = torch.randn(48, 600), torch.randn(20, 600)
     x[3:18:5, 300] = 300.0  # rows 3, 8 and 13, in the second of three spans
     weight[:, 300] = 0.0
-    stored = unpack_matrix("int8", pack_matrix("int8", weight), 48, 600)
+    stored = unpack_matrix(format, pack_matrix(format, weight), 48, 600)
     exact = torch.nn.functional.linear(x, stored)
-    linear = backend.make_linear(weight, None, "int8")
+    linear = backend.make_linear(weight, None, format)
     out = linear(x)
-    assert_near(out, reference.linear(x, stored, None, "int8"), 2e-3)
+    assert_near(out, reference.linear(x, stored, None, format), 2e-3)
     assert ((out - exact).norm(dim=1) <= 0.01 * exact.norm(dim=1)).all()  # with 8 bits it would be 0.4
     for rows in (slice(3, 4), slice(2, 5), slice(4, 20)):
         if backend.name == "native":
             assert torch.equal(linear(x[rows].contiguous()), out[rows])
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (16, 64), (33, 288), (48, 600), (100, 2048)])
+def test_native_packing_gives_the_same_bits_as_torch(native: str, format: str, rows: int, columns: int):
+    make_backend(native)
+    torch.manual_seed(rows)
+    weight = torch.randn(rows, columns) * torch.logspace(-6, 3, rows)[:, None]
+    weight[0, :32] = 0.0
+    weight[rows // 2] = 0.0
+    weight[-1, ::7] *= 30.0
+    assert torch.equal(pack_matrix(format, weight), pack_in_torch(format, weight))
 
 
 def make_records(format: str, hidden: int, inner: int, num_experts: int) -> Records:

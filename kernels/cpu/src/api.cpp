@@ -188,6 +188,13 @@ void foregate_mlp(const foregate::MlpLayer* layer, const float* x, int num_rows,
     table->linear(*pool, with_rows(layer->down, activated, num_rows, residual, true));
 }
 
+// Pack [outputs, inputs] floats as int8 or int4. Needs no start: packing comes before serving.
+void foregate_pack(int format, const float* weight, int num_outputs, int num_inputs, uint8_t* out, int num_threads) {
+    if (!pool) foregate_start(num_threads, "");
+    std::lock_guard<std::mutex> lock(mutex);
+    table->pack(*pool, {format, num_outputs, num_inputs, weight, out});
+}
+
 // Read memory with all threads, as a roof for what is bound by it; returns a sum so that nothing is left out.
 uint64_t foregate_read(const uint64_t* words, int64_t num_words) {
     std::lock_guard<std::mutex> lock(mutex);

@@ -107,6 +107,13 @@ struct MlpLayer {
     LinearCall gate_up, down;
 };
 
+// Float weights to a packed matrix of an integer format.
+struct PackCall {
+    int format, num_outputs, num_inputs;
+    const float* weight;  // [num_outputs, num_inputs]
+    uint8_t* out;
+};
+
 struct KernelTable {
     const char* name;
     void (*expert_mlp)(ThreadPool&, const ExpertCall&);
@@ -117,6 +124,7 @@ struct KernelTable {
     void (*combine)(ThreadPool&, const float* outputs, const float* weights, int num_tokens, int num_active, int size,
                     float* out, int accumulate);
     void (*swiglu)(ThreadPool&, const float* gate_up, int num_rows, int size, float* out);
+    void (*pack)(ThreadPool&, const PackCall&);
 };
 
 extern const KernelTable kPortable;

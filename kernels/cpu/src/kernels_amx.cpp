@@ -18,8 +18,10 @@ namespace amx {
 #include "attention.inl"
 #include "product.inl"
 #include "gemm.inl"
+#include "pack.inl"
 }  // namespace amx
 
 const KernelTable kAmx = {"amx",      amx::expert_mlp, amx::linear,  amx::rms_norm,
-                           amx::prepare_qkv, amx::attention,  amx::combine, amx::swiglu};
+                           amx::prepare_qkv, amx::attention,  amx::combine, amx::swiglu,
+                           amx::pack};
 }  // namespace foregate

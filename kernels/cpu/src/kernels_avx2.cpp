@@ -18,8 +18,10 @@ namespace avx2 {
 #include "attention.inl"
 #include "product.inl"
 #include "gemm.inl"
+#include "pack.inl"
 }  // namespace avx2
 
 const KernelTable kAvx2 = {"avx2",      avx2::expert_mlp, avx2::linear,  avx2::rms_norm,
-                           avx2::prepare_qkv, avx2::attention,  avx2::combine, avx2::swiglu};
+                           avx2::prepare_qkv, avx2::attention,  avx2::combine, avx2::swiglu,
+                           avx2::pack};
 }  // namespace foregate

@@ -18,8 +18,10 @@ namespace avx512 {
 #include "attention.inl"
 #include "product.inl"
 #include "gemm.inl"
+#include "pack.inl"
 }  // namespace avx512
 
 const KernelTable kAvx512 = {"avx512",      avx512::expert_mlp, avx512::linear,  avx512::rms_norm,
-                           avx512::prepare_qkv, avx512::attention,  avx512::combine, avx512::swiglu};
+                           avx512::prepare_qkv, avx512::attention,  avx512::combine, avx512::swiglu,
+                           avx512::pack};
 }  // namespace foregate

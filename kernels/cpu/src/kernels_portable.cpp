@@ -17,8 +17,10 @@ namespace portable {
 #include "attention.inl"
 #include "product.inl"
 #include "gemm.inl"
+#include "pack.inl"
 }  // namespace portable
 
 const KernelTable kPortable = {"portable",      portable::expert_mlp, portable::linear,  portable::rms_norm,
-                           portable::prepare_qkv, portable::attention,  portable::combine, portable::swiglu};
+                           portable::prepare_qkv, portable::attention,  portable::combine, portable::swiglu,
+                           portable::pack};
 }  // namespace foregate

@@ -42,7 +42,7 @@ struct Shape {
     size_t piece_nbytes, block_nbytes;
 
     Shape(int format, int num_inputs, bool is_dense = false)
-        : format(format), num_inputs(num_inputs), has_low(is_dense && format == kInt8) {
+        : format(format), num_inputs(num_inputs), has_low(is_dense && is_integer(format)) {
         num_pieces = ceil_div(num_inputs, kPiece);
         num_spans = is_integer(format) ? ceil_div(num_pieces, kSpanPieces) : 0;
         piece_nbytes = format == kInt4 ? 576 : format == kInt8 ? 1024 : format == kBf16 ? 2048 : 4096;
@@ -51,10 +51,11 @@ struct Shape {
     const uint8_t* scales(const uint8_t* block) const { return block + num_pieces * piece_nbytes; }
     // 64-byte chunks of activations in a piece: 64 int8, 32 bf16 or 16 float32
     int num_chunks() const { return num_pieces * (format == kFloat32 ? 4 : format == kBf16 ? 2 : 1); }
+    int num_pairs() const { return format == kInt4 ? num_pieces : 0; }
     size_t tile_nbytes(int num_rows) const {
-        size_t row = (size_t)num_chunks() * 64 + num_spans * 8 + (format == kInt4 ? num_pieces * 4 : 0);
-        if (has_low) row += (size_t)num_chunks() * 64 + num_spans * 5;
-        return (num_rows * row + 63) / 64 * 64;
+        const size_t row = (size_t)num_chunks() * 64 + num_spans * 8 + num_pairs() * 4;
+        const size_t low = has_low ? row - num_spans * 3 : 0;  // no scales, but a byte that tells whether it is there
+        return (num_rows * (row + low) + 63) / 64 * 64;
     }
 };
 
@@ -70,15 +71,17 @@ struct Tile {
     // of shapes that have low bytes, a 256th as large:
     uint8_t* low_chunks;      // as chunks; zeros in rows without
     int32_t* low_correction;  // as correction
+    int32_t* low_pairs;       // as pairs
     uint8_t* low_is_there;    // [num_spans, num_rows]
 
     Tile(const Shape& shape, uint8_t* memory, int num_rows) : num_rows(num_rows), chunks(memory) {
         low_chunks = memory + (size_t)shape.num_chunks() * 64 * num_rows;
         scales = (float*)(low_chunks + (shape.has_low ? (size_t)shape.num_chunks() * 64 * num_rows : 0));
         correction = (int32_t*)scales + shape.num_spans * num_rows;
-        low_correction = correction + shape.num_spans * num_rows;
-        pairs = low_correction;  // no format has both
-        low_is_there = (uint8_t*)(low_correction + shape.num_spans * num_rows);
+        pairs = correction + shape.num_spans * num_rows;
+        low_correction = pairs + shape.num_pairs() * num_rows;
+        low_pairs = low_correction + shape.num_spans * num_rows;
+        low_is_there = (uint8_t*)(low_pairs + shape.num_pairs() * num_rows);
     }
     bool span_has_low(const Shape& shape, int span) const {
         if (!shape.has_low) return false;
@@ -95,6 +98,8 @@ static inline F16 load_inputs(const float* x, int k, int num_inputs) {
     return f_load(t);
 }
 
+static inline int32_t as_pair(const int32_t sums[2]) { return (int32_t)((uint32_t)sums[0] & 0xffff) | sums[1] * 65536; }
+
 static void put_span(const Shape& shape, const float* x, const Tile& tile, int span, int r) {
     const int first = span * kSpanPieces, last = std::min(shape.num_pieces, first + kSpanPieces);
     F16 values[kSpanPieces * 4];
@@ -109,37 +114,39 @@ static void put_span(const Shape& shape, const float* x, const Tile& tile, int s
     const int width = std::min(shape.num_inputs, last * kPiece) - first * kPiece;
     const bool has_low = shape.has_low && largest * largest * width > kOutlier * kOutlier * f_sum(squares);
     const F16 inverse = f_set1(scale > 0.0f ? (has_low ? 127.0f * 256.0f : 127.0f) / largest : 0.0f);
-    int32_t sum = 0;
-    I16 low_sum = i_set1(0);
+    int32_t sum = 0, low_sum = 0;
     for (int p = first; p < last; ++p) {
         const size_t at = ((size_t)p * tile.num_rows + r) * 64;
-        int32_t group_sums[2];
+        int32_t sums[2], low_sums[2];
         for (int g = 0; g < 2; ++g) {
-            I16 group_sum = i_set1(0);
+            I16 group = i_set1(0), low_group = i_set1(0);
             for (int i = 0; i < 2; ++i) {
                 I16 q = i_from_f(f_mul(values[(p - first) * 4 + g * 2 + i], inverse));
                 const size_t to = at + g * kGroup + i * kLanes;
                 if (has_low) {
                     const I16 high = i_round_shift8(q), low = i_sub(q, i_shift8(high));
                     i_store_s8((int8_t*)tile.low_chunks + to, low);
-                    low_sum = i_add(low_sum, low);
+                    low_group = i_add(low_group, low);
                     q = high;
                 }
                 i_store_s8((int8_t*)tile.chunks + to, q);
-                group_sum = i_add(group_sum, q);
+                group = i_add(group, q);
             }
-            group_sums[g] = i_sum(group_sum);
+            sums[g] = i_sum(group);
+            low_sums[g] = has_low ? i_sum(low_group) : 0;
         }
         if (shape.has_low && !has_low) memset(tile.low_chunks + at, 0, 64);
-        sum += group_sums[0] + group_sums[1];
-        if (shape.format == kInt4)
-            tile.pairs[p * tile.num_rows + r] = (int32_t)((uint32_t)group_sums[0] & 0xffff) | group_sums[1] * 65536;
+        sum += sums[0] + sums[1];
+        low_sum += low_sums[0] + low_sums[1];
+        if (shape.format != kInt4) continue;
+        tile.pairs[p * tile.num_rows + r] = as_pair(sums);
+        if (shape.has_low) tile.low_pairs[p * tile.num_rows + r] = as_pair(low_sums);
     }
     const int at = span * tile.num_rows + r;
     tile.scales[at] = scale;
     tile.correction[at] = -128 * sum;
     if (shape.has_low) {
-        tile.low_correction[at] = -128 * i_sum(low_sum);
+        tile.low_correction[at] = -128 * low_sum;
         tile.low_is_there[at] = has_low;
     }
 }
@@ -184,84 +191,77 @@ static inline int32_t word_at(const uint8_t* p) {
 
 // Each: out[r] = product of row first + r of the tile with the 16 outputs of the block at w.
 
+// One span of an int4 block with R rows of chunks.
 template <int R>
-static inline void product_int4(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
-    const size_t stride = (size_t)x.num_rows * 64;
-    const uint8_t* chunk = x.chunks + first * 64;
-    const uint8_t* scale = shape.scales(w);
-    const int32_t* pairs = x.pairs + first;
-    F16 sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = f_zero();
-    for (int s = 0, p = 0; s < shape.num_spans; ++s) {
-        I16 base[R];
-        F16 total[R];
-        for (int r = 0; r < R; ++r) {
-            base[r] = i_set1(x.correction[s * x.num_rows + first + r]);
-            total[r] = f_zero();
-        }
-        for (const int end = std::min(shape.num_pieces, p + kSpanPieces); p < end; ++p, w += 576, chunk += stride, pairs += x.num_rows) {
-            for (int i = 0; i < 9; ++i) prefetch(w + 4 * 576 + i * 64);
-            const I16 bases = i_pairs_from_u8(w + 544);
-            for (int r = 0; r < R; ++r) base[r] = dot2(base[r], bases, pairs[r]);
-            for (int g = 0; g < 2; ++g) {
-                I16 low_sum[R], high_sum[R];
-                for (int r = 0; r < R; ++r) low_sum[r] = high_sum[r] = i_set1(0);
-                for (int c = 0; c < 4; ++c) {
-                    const B64 both = b_load(w + g * 256 + c * 64);
-                    const B64 low = b_low(both), high = b_high_part(both);
-                    const uint8_t* at = chunk + g * 32 + c * 8;
-                    for (int r = 0; r < R; ++r) low_sum[r] = dot4_small(low_sum[r], low, word_at(at + r * 64));
-                    for (int r = 0; r < R; ++r) high_sum[r] = dot4_high_part(high_sum[r], high, word_at(at + r * 64 + 4));
-                }
-                const F16 step = f_from_i(i_from_u8(w + 512 + g * 16));
-                for (int r = 0; r < R; ++r) total[r] = f_fma(f_from_i(i_add(low_sum[r], i_of_high_parts(high_sum[r]))), step, total[r]);
-            }
-        }
-        const F16 factor = f_from_bf16(scale + s * 32);
-        for (int r = 0; r < R; ++r)
-            sum[r] = f_fma(f_add(total[r], f_from_i(base[r])), f_mul(factor, f_set1(x.scales[s * x.num_rows + first + r])), sum[r]);
+static inline void sum_span_int4(const uint8_t* w, int num_pieces, const uint8_t* chunk, const int32_t* pairs, int num_rows,
+                                 const int32_t* correction, F16 out[R]) {
+    I16 base[R];
+    for (int r = 0; r < R; ++r) {
+        base[r] = i_set1(correction[r]);
+        out[r] = f_zero();
     }
-    for (int r = 0; r < R; ++r) out[r] = sum[r];
+    for (int p = 0; p < num_pieces; ++p, w += 576, chunk += (size_t)num_rows * 64, pairs += num_rows) {
+        for (int i = 0; i < 9; ++i) prefetch(w + 4 * 576 + i * 64);
+        const I16 bases = i_pairs_from_u8(w + 544);
+        for (int r = 0; r < R; ++r) base[r] = dot2(base[r], bases, pairs[r]);
+        for (int g = 0; g < 2; ++g) {
+            I16 low_sum[R], high_sum[R];
+            for (int r = 0; r < R; ++r) low_sum[r] = high_sum[r] = i_set1(0);
+            for (int c = 0; c < 4; ++c) {
+                const B64 both = b_load(w + g * 256 + c * 64);
+                const B64 low = b_low(both), high = b_high_part(both);
+                const uint8_t* at = chunk + g * 32 + c * 8;
+                for (int r = 0; r < R; ++r) low_sum[r] = dot4_small(low_sum[r], low, word_at(at + r * 64));
+                for (int r = 0; r < R; ++r) high_sum[r] = dot4_high_part(high_sum[r], high, word_at(at + r * 64 + 4));
+            }
+            const F16 step = f_from_i(i_from_u8(w + 512 + g * 16));
+            for (int r = 0; r < R; ++r) out[r] = f_fma(f_from_i(i_add(low_sum[r], i_of_high_parts(high_sum[r]))), step, out[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r) out[r] = f_add(out[r], f_from_i(base[r]));
 }
 
 // One span of an int8 block with R rows of chunks: two chains, so that latency does not bind at one row.
 template <int R>
-static inline void sum_span(const uint8_t* w, int num_pieces, const uint8_t* chunk, size_t stride, const int32_t* correction,
-                            I16 out[R]) {
-    I16 odd[R];
+static inline void sum_span_int8(const uint8_t* w, int num_pieces, const uint8_t* chunk, int num_rows, const int32_t* correction,
+                                 F16 out[R]) {
+    I16 even[R], odd[R];
     for (int r = 0; r < R; ++r) {
-        out[r] = i_set1(correction[r]);
+        even[r] = i_set1(correction[r]);
         odd[r] = i_set1(0);
     }
-    for (int p = 0; p < num_pieces; ++p, w += 1024, chunk += stride)
+    for (int p = 0; p < num_pieces; ++p, w += 1024, chunk += (size_t)num_rows * 64)
         for (int c = 0; c < 16; c += 2) {
             prefetch(w + 3072 + c * 64);
             prefetch(w + 3072 + c * 64 + 64);
             const B64 even_w = b_load(w + c * 64), odd_w = b_load(w + c * 64 + 64);
-            for (int r = 0; r < R; ++r) out[r] = dot4(out[r], even_w, word_at(chunk + r * 64 + c * 4));
+            for (int r = 0; r < R; ++r) even[r] = dot4(even[r], even_w, word_at(chunk + r * 64 + c * 4));
             for (int r = 0; r < R; ++r) odd[r] = dot4(odd[r], odd_w, word_at(chunk + r * 64 + c * 4 + 4));
         }
-    for (int r = 0; r < R; ++r) out[r] = i_add(out[r], odd[r]);
+    for (int r = 0; r < R; ++r) out[r] = f_from_i(i_add(even[r], odd[r]));
 }
 
-template <int R>
-static inline void product_int8(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
-    const size_t stride = (size_t)x.num_rows * 64;
-    F16 sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = f_zero();
+// Of int4 and int8.
+template <int R, int Format>
+static inline void product_integer(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
+    constexpr int piece_nbytes = Format == kInt4 ? 576 : 1024;
+    for (int r = 0; r < R; ++r) out[r] = f_zero();
     for (int s = 0; s < shape.num_spans; ++s) {
         const int p = s * kSpanPieces, num_pieces = std::min(kSpanPieces, shape.num_pieces - p), at = s * x.num_rows + first;
-        const uint8_t* span = w + (size_t)p * 1024;
-        F16 factor = f_from_bf16(shape.scales(w) + s * 32);
-        I16 acc[R];
-        sum_span<R>(span, num_pieces, x.chunks + p * stride + first * 64, stride, x.correction + at, acc);
-        for (int r = 0; r < R; ++r) sum[r] = f_fma(f_from_i(acc[r]), f_mul(factor, f_set1(x.scales[at + r])), sum[r]);
-        if (!x.span_has_low(shape, s)) continue;
-        factor = f_mul(factor, f_set1(kLow));
-        sum_span<R>(span, num_pieces, x.low_chunks + p * stride + first * 64, stride, x.low_correction + at, acc);
-        for (int r = 0; r < R; ++r) sum[r] = f_fma(f_from_i(acc[r]), f_mul(factor, f_set1(x.scales[at + r])), sum[r]);
+        const size_t chunks_at = ((size_t)p * x.num_rows + first) * 64;
+        auto add = [&](const uint8_t* chunks, const int32_t* pairs, const int32_t* correction, F16 factor) {
+            F16 sums[R];
+            if constexpr (Format == kInt4)
+                sum_span_int4<R>(w + p * piece_nbytes, num_pieces, chunks + chunks_at, pairs + p * x.num_rows + first, x.num_rows,
+                                 correction + at, sums);
+            else
+                sum_span_int8<R>(w + p * piece_nbytes, num_pieces, chunks + chunks_at, x.num_rows, correction + at, sums);
+            for (int r = 0; r < R; ++r) out[r] = f_fma(sums[r], f_mul(factor, f_set1(x.scales[at + r])), out[r]);
+        };
+        const F16 factor = f_from_bf16(shape.scales(w) + s * 32);
+        add(x.chunks, x.pairs, x.correction, factor);
+        if (x.span_has_low(shape, s)) add(x.low_chunks, x.low_pairs, x.low_correction, f_mul(factor, f_set1(kLow)));
     }
-    for (int r = 0; r < R; ++r) out[r] = sum[r];
 }
 
 #if !defined(FG_AMX)
@@ -480,8 +480,8 @@ static void product(const Shape& shape, const uint8_t* const* w, int num_blocks,
                     constexpr int R = decltype(rows)::value;
                     F16 out[R];
                     switch (shape.format) {
-                        case kInt4: product_int4<R>(shape, w[b], x, first, out); break;
-                        case kInt8: product_int8<R>(shape, w[b], x, first, out); break;
+                        case kInt4: product_integer<R, kInt4>(shape, w[b], x, first, out); break;
+                        case kInt8: product_integer<R, kInt8>(shape, w[b], x, first, out); break;
 #if !defined(FG_AMX)
                         case kBf16: product_bf16<R>(shape, w[b], x, first, out); break;
 #endif
