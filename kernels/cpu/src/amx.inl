@@ -34,7 +34,7 @@ private:
 // tile products are under way: they take long, and leave the vector units free.
 class SpanAdder {
 public:
-    SpanAdder(const Shape& shape, const RowSpan* runs, uint8_t* memory, float* values)
+    SpanAdder(const Shape& shape, const RowSpan* runs, uint8_t* memory, const Values& values)
         : shape_(shape), first_row_(runs[0].first), memory_(memory), values_(values) {}
     ~SpanAdder() { finish(); }
 
@@ -105,7 +105,7 @@ private:
             const RowSpan& run = *pending_.runs[i];
             const SpanOfRows x = rows_of(run, pending_);
             for (int b = 0; b < pending_.num_blocks; ++b) {
-                float* to = values_at(values_, run.first - first_row_, run.num_rows, b, 0);
+                float* to = values_.at(b, run.first - first_row_);
                 const int32_t* from = sums_[which_][i * 2 + b];
                 const F16 factor = pending_.factors[b];
                 for (int r = 0; r < run.num_rows; ++r, to += kLanes, from += kLanes) {
@@ -119,7 +119,7 @@ private:
     const Shape& shape_;
     int first_row_;
     uint8_t* memory_;
-    float* values_;
+    Values values_;
     Tiles tiles_;
     Pending pending_;
     int which_ = 0;
@@ -127,23 +127,22 @@ private:
 };
 
 // A result is one chain of tile products, 32 inputs each, in input order.
-static void amx_product_bf16(const Shape& shape, const uint8_t* const* w, int num_blocks, const RowSpan* runs, int num_runs,
-                             uint8_t* memory, float* values) {
+static void amx_product_bf16(const Shape& shape, const uint8_t* w, int num_blocks, const RowSpan* runs, int num_runs,
+                             uint8_t* memory, const Values& values) {
     Tiles tiles;
     asm volatile("" ::: "memory");  // tile loads do not tell the compiler that they read memory
     const int begin = runs[0].first, num_chunks = shape.num_chunks();
-    const uint8_t *w0 = w[0], *w1 = w[num_blocks - 1];
+    const uint8_t *w0 = w, *w1 = w + (num_blocks - 1) * shape.block_nbytes;
     alignas(64) float unused[kTile * kLanes];
     for (int t = 0; t < num_runs; t += 2) {
         const int rows0 = runs[t].num_rows, rows1 = t + 1 < num_runs ? runs[t + 1].num_rows : 0;
         tiles.configure(rows0, rows1);
         const uint8_t* x0 = memory + runs[t].at;
-        float* out0 = values_at(values, runs[t].first - begin, rows0, 0, 0);
+        const int row0 = runs[t].first - begin, row1 = row0 + rows0;
         _tile_zero(0);
         _tile_zero(1);
         if (rows1) {
             const uint8_t* x1 = memory + runs[t + 1].at;
-            float* out1 = values_at(values, runs[t + 1].first - begin, rows1, 0, 0);
             _tile_zero(2);
             _tile_zero(3);
             for (int i = 0; i < num_chunks; ++i) {
@@ -156,8 +155,8 @@ static void amx_product_bf16(const Shape& shape, const uint8_t* const* w, int nu
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            _tile_stored(2, out1, 64);
-            _tile_stored(3, num_blocks > 1 ? out1 + rows1 * kLanes : unused, 64);
+            _tile_stored(2, values.at(0, row1), 64);
+            _tile_stored(3, num_blocks > 1 ? values.at(1, row1) : unused, 64);
         } else {
             for (int i = 0; i < num_chunks; ++i) {
                 for (int line = 0; line < 16; ++line) {
@@ -171,7 +170,7 @@ static void amx_product_bf16(const Shape& shape, const uint8_t* const* w, int nu
                 _tile_dpbf16ps(1, 4, 7);
             }
         }
-        _tile_stored(0, out0, 64);
-        _tile_stored(1, num_blocks > 1 ? out0 + rows0 * kLanes : unused, 64);
+        _tile_stored(0, values.at(0, row0), 64);
+        _tile_stored(1, num_blocks > 1 ? values.at(1, row0) : unused, 64);
     }
 }

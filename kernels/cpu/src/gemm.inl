@@ -34,11 +34,11 @@ struct Scratch {
 static Scratch scratch;
 
 // Results of one product(), for each thread its own.
-static float* values_of_thread(int num_rows) {
+static Values values_of_thread(int num_rows) {
     static thread_local std::vector<float> memory;
-    const size_t wanted = (size_t)num_rows * kPair * kLanes + 16;
+    const size_t wanted = (size_t)num_rows * kBlocks * kLanes + 16;
     if (memory.size() < wanted) memory.resize(wanted);
-    return (float*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63);
+    return {(float*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63), num_rows};
 }
 
 // Rows begin..end cut into runs of at most 16, as even as possible.
@@ -49,6 +49,11 @@ static void cut_runs(const Shape& shape, int begin, int end, std::vector<RowSpan
         runs.push_back({first, last - first, at});
         at += shape.tile_nbytes(last - first);
     }
+}
+
+// An expert's runs, one after the other: their rows. At least one run.
+static inline int rows_of(const RowSpan* runs, int num_runs) {
+    return runs[num_runs - 1].first + runs[num_runs - 1].num_rows - runs[0].first;
 }
 
 static void linear(ThreadPool& pool, const LinearCall& call) {
@@ -64,28 +69,22 @@ static void linear(ThreadPool& pool, const LinearCall& call) {
     };
     if (call.num_rows <= 2) for (int row = 0; row < call.num_rows; ++row) fill(row);
     else pool.parallel(call.num_rows, fill);
-    const int num_blocks = ceil_div(call.num_outputs, kLanes), num_pairs = ceil_div(num_blocks, kPair);
-    const int chunk = std::max(1, std::min(2, num_pairs / (4 * pool.num_threads())));
-    pool.parallel(ceil_div(num_pairs, chunk), [&](int task) {
-        float* values = values_of_thread(call.num_rows);
-        const int end = std::min(num_blocks, (task + 1) * chunk * kPair);
-        for (int n = task * chunk * kPair; n < end; n += kPair) {
-            const uint8_t* first = call.weight + n * shape.block_nbytes;
-            const uint8_t* w[kPair] = {first, first + shape.block_nbytes};
-            const int width = std::min(kPair, end - n);
-            product(shape, w, width, runs.data(), (int)runs.size(), memory, values);
-            for (const RowSpan& run : runs)
-                for (int r = 0; r < run.num_rows; ++r)
-                    for (int b = 0; b < width; ++b) {
-                        const float* from = values_at(values, run.first, run.num_rows, b, r);
-                        const int column = (n + b) * kLanes, num = std::min(kLanes, call.num_outputs - column);
-                        float* to = call.out + (run.first + r) * call.out_stride + column;
-                        for (int i = 0; i < num; ++i) {
-                            const float value = call.bias ? from[i] + call.bias[column + i] : from[i];
-                            to[i] = call.accumulate ? to[i] + value : value;
-                        }
-                    }
-        }
+    const int num_blocks = ceil_div(call.num_outputs, kLanes);
+    const int blocks_per_task = num_blocks >= 4 * kBlocks * pool.num_threads() ? kBlocks : kPair;
+    pool.parallel(ceil_div(num_blocks, blocks_per_task), [&](int task) {
+        const int begin = task * blocks_per_task, end = std::min(num_blocks, begin + blocks_per_task);
+        const Values values = values_of_thread(call.num_rows);
+        product(shape, call.weight + begin * shape.block_nbytes, end - begin, runs.data(), (int)runs.size(), memory, values);
+        for (int row = 0; row < call.num_rows; ++row)
+            for (int b = begin; b < end; ++b) {
+                const float* from = values.at(b - begin, row);
+                const int column = b * kLanes, num = std::min(kLanes, call.num_outputs - column);
+                float* to = call.out + row * call.out_stride + column;
+                for (int i = 0; i < num; ++i) {
+                    const float value = call.bias ? from[i] + call.bias[column + i] : from[i];
+                    to[i] = call.accumulate ? to[i] + value : value;
+                }
+            }
     });
 }
 
@@ -101,7 +100,7 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
     first_run.clear();
     position_of.clear();
     size_t total = 0, inner_total = 0;
-    int num_rows = 0, most_rows = 0;
+    int num_rows = 0;
     const bool one_token = call.num_tokens == 1;
     for (int e = 0; e < call.num_ready; ++e) {
         const Routing& routing = call.routing;
@@ -113,7 +112,6 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
         cut_runs(out, num_rows, num_rows + num, inner_runs, inner_total);
         for (int i = rows[0]; i < rows[1]; ++i) position_of.push_back(routing.positions[i]);
         num_rows += num;
-        most_rows = std::max(most_rows, num);
     }
     first_run.push_back((int)runs.size());
     if (one_token)  // all experts read the same row
@@ -129,8 +127,8 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
         filled = std::vector<Countdown>(call.num_ready);
         gated = std::vector<Countdown>(call.num_ready);
     }
-    const int units_per_task = 2 * kLanes, num_gates = inner / units_per_task;
-    const int num_blocks = hidden / kLanes, blocks_per_task = std::min(4, num_blocks);
+    const int units_per_task = kBlocks / 2 * kLanes, num_gates = inner / units_per_task;
+    const int num_blocks = hidden / kLanes, blocks_per_task = kBlocks;
     const int num_downs = ceil_div(num_blocks, blocks_per_task), num_fills = one_token ? 0 : (int)runs.size();
     // where a token goes to several of these experts it is quantised once, and copied to each
     const bool copies = !one_token && num_rows >= 2 * call.num_tokens;
@@ -166,21 +164,15 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
     auto gate_and_up = [&](int e, int begin) {
         const RowSpan* mine = runs.data() + first_run[e];
         const int num_runs = first_run[e + 1] - first_run[e];
-        float* values = values_of_thread(most_rows);
+        const Values values = values_of_thread(rows_of(mine, num_runs));
         filled[e].wait();
-        for (int unit = begin; unit < begin + units_per_task; unit += kLanes) {
-            const uint8_t* gate = call.records[e] + (size_t)(unit / kLanes) * 2 * in.block_nbytes;
-            const uint8_t* w[kPair] = {gate, gate + in.block_nbytes};
-            product(in, w, kPair, mine, num_runs, memory, values);
-            for (int t = 0; t < num_runs; ++t)
-                for (int r = 0; r < mine[t].num_rows; ++r) {
-                    const int first = mine[t].first - mine[0].first, row = mine[t].first + r;
-                    const F16 g = f_load(values_at(values, first, mine[t].num_rows, 0, r));
-                    const F16 up = f_load(values_at(values, first, mine[t].num_rows, 1, r));
-                    const F16 silu = f_div(g, f_add(f_set1(1.0f), f_exp(f_sub(f_zero(), g))));
-                    f_store(activated + (size_t)row * inner + unit, f_mul(silu, up));
-                }
-        }
+        product(in, call.records[e] + (size_t)(begin / kLanes) * 2 * in.block_nbytes, kBlocks, mine, num_runs, memory, values);
+        for (int r = 0; r < values.num_rows; ++r)
+            for (int b = 0; b < kBlocks; b += 2) {
+                const F16 g = f_load(values.at(b, r)), up = f_load(values.at(b + 1, r));
+                const F16 silu = f_div(g, f_add(f_set1(1.0f), f_exp(f_sub(f_zero(), g))));
+                f_store(activated + (size_t)(mine[0].first + r) * inner + begin + b / 2 * kLanes, f_mul(silu, up));
+            }
         if (!gated[e].is_last()) return;
         for (int t = first_run[e]; t < first_run[e + 1]; ++t) {
             const Tile tile(out, inner_memory + inner_runs[t].at, inner_runs[t].num_rows);
@@ -194,21 +186,13 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
         const int end = std::min(num_blocks, begin + blocks_per_task);
         const RowSpan* mine = inner_runs.data() + first_run[e];
         const int num_runs = first_run[e + 1] - first_run[e];
-        const size_t pair_size = (size_t)most_rows * kPair * kLanes;
-        float* values = values_of_thread(most_rows * ceil_div(blocks_per_task, kPair));
+        const Values values = values_of_thread(rows_of(mine, num_runs));
         gated[e].wait();
-        for (int n = begin; n < end; n += kPair) {
-            const uint8_t* first = call.records[e] + down_at + n * out.block_nbytes;
-            const uint8_t* w[kPair] = {first, first + out.block_nbytes};
-            product(out, w, std::min(kPair, end - n), mine, num_runs, inner_memory, values + (n - begin) / kPair * pair_size);
+        product(out, call.records[e] + down_at + begin * out.block_nbytes, end - begin, mine, num_runs, inner_memory, values);
+        for (int r = 0; r < values.num_rows; ++r) {  // all columns of a row together: rows lie pages apart
+            float* to = call.out + (size_t)position_of[mine[0].first + r] * hidden + begin * kLanes;
+            for (int b = 0; b < end - begin; ++b) f_store(to + b * kLanes, f_load(values.at(b, r)));
         }
-        for (int t = 0; t < num_runs; ++t)  // all columns of a row together: rows lie pages apart
-            for (int r = 0; r < mine[t].num_rows; ++r) {
-                float* to = call.out + (size_t)position_of[mine[t].first + r] * hidden + begin * kLanes;
-                const int first = mine[t].first - mine[0].first, num = mine[t].num_rows;
-                for (int b = 0; b < end - begin; ++b)
-                    f_store(to + b * kLanes, f_load(values_at(values + b / kPair * pair_size, first, num, b % kPair, r)));
-            }
     };
 
     pool.parallel(num_tokens_tasks + num_fills + call.num_ready * (num_gates + num_downs), [&](int task) {

@@ -21,7 +21,8 @@ constexpr int kGroup = 32;       // inputs that share a step and a base
 constexpr int kSpanPieces = 4;   // pieces that share a scale
 constexpr int kLanes = 16;       // outputs in one block
 constexpr int kTile = 16;        // rows at most that lie together, piece by piece
-constexpr int kPair = 2;         // blocks at most in one product
+constexpr int kPair = 2;         // blocks that are multiplied together
+constexpr int kBlocks = 4;       // blocks at most in one product: memory gives four streams faster than one
 constexpr float kLow = 1.0f / 256.0f;  // a low byte's worth beside a high one's
 constexpr float kOutlier = 6.0f; // times the root mean square: a span with more than that gets low bytes
 #if defined(FG_AVX512)
@@ -180,6 +181,19 @@ static void copy_row(const Shape& shape, const Tile& from, const Tile& to, int r
         for (int p = 0; p < shape.num_pieces; ++p) to.pairs[p * to.num_rows + r] = from.pairs[p];
 }
 
+// A run of at most 16 rows. `at`: where its tile begins in the tile memory, in bytes.
+struct RowSpan {
+    int first, num_rows;
+    size_t at;
+};
+// Results of product(): [blocks, num_rows, 16], rows counted from the first run's first.
+struct Values {
+    float* memory;
+    int num_rows;
+
+    float* at(int block, int row) const { return memory + ((size_t)block * num_rows + row) * kLanes; }
+};
+
 // ---- products of a few rows -----------------------------------------------------------------------------------------
 
 static inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
@@ -189,7 +203,7 @@ static inline int32_t word_at(const uint8_t* p) {
     return word;
 }
 
-// Each: out[r] = product of row first + r of the tile with the 16 outputs of the block at w.
+// Of row first + r of the tile, in out[r] or in row first_row + r of the values.
 
 // One span of an int4 block with R rows of chunks.
 template <int R>
@@ -241,27 +255,35 @@ static inline void sum_span_int8(const uint8_t* w, int num_pieces, const uint8_t
     for (int r = 0; r < R; ++r) out[r] = f_from_i(i_add(even[r], odd[r]));
 }
 
-// Of int4 and int8.
+// Of int4 and int8, for all blocks from w on, a span of each in turn; to rows first_row.. of `out`.
 template <int R, int Format>
-static inline void product_integer(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
+static inline void product_integer(const Shape& shape, const uint8_t* w, int num_blocks, const Tile& x, int first,
+                                   const Values& out, int first_row) {
     constexpr int piece_nbytes = Format == kInt4 ? 576 : 1024;
-    for (int r = 0; r < R; ++r) out[r] = f_zero();
+    F16 total[kBlocks][R];
+    for (int b = 0; b < num_blocks; ++b)
+        for (int r = 0; r < R; ++r) total[b][r] = f_zero();
     for (int s = 0; s < shape.num_spans; ++s) {
         const int p = s * kSpanPieces, num_pieces = std::min(kSpanPieces, shape.num_pieces - p), at = s * x.num_rows + first;
         const size_t chunks_at = ((size_t)p * x.num_rows + first) * 64;
-        auto add = [&](const uint8_t* chunks, const int32_t* pairs, const int32_t* correction, F16 factor) {
+        auto add = [&](int b, const uint8_t* chunks, const int32_t* pairs, const int32_t* correction, float worth) {
+            const uint8_t *block = w + b * shape.block_nbytes, *span = block + p * piece_nbytes;
             F16 sums[R];
             if constexpr (Format == kInt4)
-                sum_span_int4<R>(w + p * piece_nbytes, num_pieces, chunks + chunks_at, pairs + p * x.num_rows + first, x.num_rows,
-                                 correction + at, sums);
+                sum_span_int4<R>(span, num_pieces, chunks + chunks_at, pairs + p * x.num_rows + first, x.num_rows, correction + at, sums);
             else
-                sum_span_int8<R>(w + p * piece_nbytes, num_pieces, chunks + chunks_at, x.num_rows, correction + at, sums);
-            for (int r = 0; r < R; ++r) out[r] = f_fma(sums[r], f_mul(factor, f_set1(x.scales[at + r])), out[r]);
+                sum_span_int8<R>(span, num_pieces, chunks + chunks_at, x.num_rows, correction + at, sums);
+            const F16 factor = f_mul(f_from_bf16(shape.scales(block) + s * 32), f_set1(worth));
+            for (int r = 0; r < R; ++r) total[b][r] = f_fma(sums[r], f_mul(factor, f_set1(x.scales[at + r])), total[b][r]);
         };
-        const F16 factor = f_from_bf16(shape.scales(w) + s * 32);
-        add(x.chunks, x.pairs, x.correction, factor);
-        if (x.span_has_low(shape, s)) add(x.low_chunks, x.low_pairs, x.low_correction, f_mul(factor, f_set1(kLow)));
+        const bool has_low = x.span_has_low(shape, s);
+        for (int b = 0; b < num_blocks; ++b) {
+            add(b, x.chunks, x.pairs, x.correction, 1.0f);
+            if (has_low) add(b, x.low_chunks, x.low_pairs, x.low_correction, kLow);
+        }
     }
+    for (int b = 0; b < num_blocks; ++b)
+        for (int r = 0; r < R; ++r) f_store(out.at(b, first_row + r), total[b][r]);
 }
 
 #if !defined(FG_AMX)
@@ -327,17 +349,6 @@ static inline void with_rows(int num_rows, F&& body) {
 
 // ---- any number of rows ---------------------------------------------------------------------------------------------
 
-// A run of at most 16 rows. `at`: where its tile begins in the tile memory, in bytes.
-struct RowSpan {
-    int first, num_rows;
-    size_t at;
-};
-// Results of product(): for the run whose rows begin at first_row, block b, row r: 16 floats at
-// values + (first_row * kPair + b * num_rows + r) * kLanes.
-static inline float* values_at(float* values, int first_row, int num_rows, int block, int row) {
-    return values + ((size_t)first_row * kPair + (size_t)block * num_rows + row) * kLanes;
-}
-
 // The bytes u * step + base of one span of an int4 block, as an int8 block has them: [pieces, 16, 64].
 static inline void expand_int4(const uint8_t* w, int num_pieces, uint8_t* out) {
     for (int p = 0; p < num_pieces; ++p, w += 576, out += 1024) {
@@ -398,7 +409,7 @@ struct SpanOfWeights {
 // Adds spans to the sums in `values`.
 class SpanAdder {
 public:
-    SpanAdder(const Shape& shape, const RowSpan* runs, uint8_t* memory, float* values)
+    SpanAdder(const Shape& shape, const RowSpan* runs, uint8_t* memory, const Values& values)
         : shape_(shape), first_row_(runs[0].first), memory_(memory), values_(values) {}
 
     void add(const SpanOfWeights& weights, const RowSpan* runs, int num_runs, bool low) {
@@ -408,7 +419,7 @@ public:
             for (int b = 0; b < weights.num_blocks; ++b)
                 for (int r = 0; r < num_rows; r += kManyRows)
                     with_rows<kManyRows>(num_rows - r, [&](auto rows) {
-                        float* sums = values_at(values_, runs[t].first - first_row_, num_rows, b, r);
+                        float* sums = values_.at(b, runs[t].first - first_row_ + r);
                         add_span<decltype(rows)::value>(weights.blocks[b], weights.num_pieces, weights.factors[b], x, num_rows, r, sums);
                     });
         }
@@ -418,16 +429,16 @@ private:
     const Shape& shape_;
     int first_row_;
     uint8_t* memory_;
-    float* values_;
+    Values values_;
 };
 #endif
 
 // Span by span over all rows, so that a span's weights are expanded once and stay in the L1 cache for all of them.
-static void product_by_spans(const Shape& shape, const uint8_t* const* w, int num_blocks, const RowSpan* runs, int num_runs,
-                             uint8_t* memory, float* values) {
+// Of one or two blocks.
+static void product_by_spans(const Shape& shape, const uint8_t* w, int num_blocks, const RowSpan* runs, int num_runs,
+                             uint8_t* memory, const Values& values) {
     alignas(64) uint8_t expanded[kPair][kSpanPieces * 1024];
-    const int begin = runs[0].first, end = runs[num_runs - 1].first + runs[num_runs - 1].num_rows;
-    memset(values, 0, (size_t)(end - begin) * kPair * kLanes * sizeof(float));
+    memset(values.memory, 0, (size_t)num_blocks * values.num_rows * kLanes * sizeof(float));
     SpanAdder adder(shape, runs, memory, values);
     for (int s = 0; s < shape.num_spans; ++s) {
         SpanOfWeights weights;
@@ -435,12 +446,13 @@ static void product_by_spans(const Shape& shape, const uint8_t* const* w, int nu
         weights.span = s;
         weights.num_pieces = std::min(kSpanPieces, shape.num_pieces - s * kSpanPieces);
         for (int b = 0; b < num_blocks; ++b) {
-            weights.blocks[b] = w[b] + (size_t)s * kSpanPieces * shape.piece_nbytes;
+            const uint8_t* block = w + b * shape.block_nbytes;
+            weights.blocks[b] = block + (size_t)s * kSpanPieces * shape.piece_nbytes;
             if (shape.format == kInt4) {
                 expand_int4(weights.blocks[b], weights.num_pieces, expanded[b]);
                 weights.blocks[b] = expanded[b];
             }
-            weights.factors[b] = f_from_bf16(shape.scales(w[b]) + s * 32);
+            weights.factors[b] = f_from_bf16(shape.scales(block) + s * 32);
         }
         adder.add(weights, runs, num_runs, false);
         if (!shape.has_low) continue;
@@ -461,33 +473,39 @@ static inline int by_spans_from(int format) {
 #endif
 }
 
-// Products of one or two blocks w with all rows of the runs, to `values`: see values_at.
-static void product(const Shape& shape, const uint8_t* const* w, int num_blocks, const RowSpan* runs, int num_runs,
-                    uint8_t* memory, float* values) {
+// Products of the blocks from w on, at most kBlocks, with all rows of the runs.
+static void product(const Shape& shape, const uint8_t* w, int num_blocks, const RowSpan* runs, int num_runs, uint8_t* memory,
+                    const Values& values) {
     if (num_runs == 0) return;
-    const int begin = runs[0].first, end = runs[num_runs - 1].first + runs[num_runs - 1].num_rows;
-    if (is_integer(shape.format) && end - begin >= by_spans_from(shape.format))
-        return product_by_spans(shape, w, num_blocks, runs, num_runs, memory, values);
+    auto by_pairs = [&](auto multiply) {
+        for (int b = 0; b < num_blocks; b += kPair)
+            multiply(shape, w + b * shape.block_nbytes, std::min(kPair, num_blocks - b), runs, num_runs, memory,
+                     Values{values.at(b, 0), values.num_rows});
+    };
+    if (is_integer(shape.format) && values.num_rows >= by_spans_from(shape.format)) return by_pairs(product_by_spans);
 #if defined(FG_AMX)
-    if (shape.format == kBf16) return amx_product_bf16(shape, w, num_blocks, runs, num_runs, memory, values);
+    if (shape.format == kBf16) return by_pairs(amx_product_bf16);
 #endif
-    for (int b = 0; b < num_blocks; ++b)
-        for (int t = 0; t < num_runs; ++t) {
-            const int num_rows = runs[t].num_rows;
-            const Tile x(shape, memory + runs[t].at, num_rows);
-            for (int first = 0; first < num_rows; first += kFewRows)
-                with_rows<kFewRows>(num_rows - first, [&](auto rows) {
-                    constexpr int R = decltype(rows)::value;
-                    F16 out[R];
-                    switch (shape.format) {
-                        case kInt4: product_integer<R, kInt4>(shape, w[b], x, first, out); break;
-                        case kInt8: product_integer<R, kInt8>(shape, w[b], x, first, out); break;
-#if !defined(FG_AMX)
-                        case kBf16: product_bf16<R>(shape, w[b], x, first, out); break;
+    for (int t = 0; t < num_runs; ++t) {
+        const int num_rows = runs[t].num_rows;
+        const Tile x(shape, memory + runs[t].at, num_rows);
+        for (int first = 0; first < num_rows; first += kFewRows)
+            with_rows<kFewRows>(num_rows - first, [&](auto rows) {
+                constexpr int R = decltype(rows)::value;
+                const int row = runs[t].first - runs[0].first + first;
+                if (shape.format == kInt4) return product_integer<R, kInt4>(shape, w, num_blocks, x, first, values, row);
+                if (shape.format == kInt8) return product_integer<R, kInt8>(shape, w, num_blocks, x, first, values, row);
+                for (int b = 0; b < num_blocks; ++b) {
+                    const uint8_t* block = w + b * shape.block_nbytes;
+                    F16 sums[R];
+#if defined(FG_AMX)
+                    product_float32<R>(shape, block, x, first, sums);
+#else
+                    if (shape.format == kBf16) product_bf16<R>(shape, block, x, first, sums);
+                    else product_float32<R>(shape, block, x, first, sums);
 #endif
-                        default: product_float32<R>(shape, w[b], x, first, out);
-                    }
-                    for (int r = 0; r < R; ++r) f_store(values_at(values, runs[t].first - begin, num_rows, b, first + r), out[r]);
-                });
-        }
+                    for (int r = 0; r < R; ++r) f_store(values.at(b, row + r), sums[r]);
+                }
+            });
+    }
 }
