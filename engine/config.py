@@ -66,9 +66,9 @@ class EngineConfig:
 
     model: Path
     served_name: str | None = None  # None: the directory's name
-    dtype: Dtype = (
-        "auto"  # dense weights; products round activations alike, keys and values are at most bf16 but for float32
-    )
+    # Dense weights; products round activations alike, keys and values are at most bf16 but for float32. int4: those of
+    # attention, the others are int8.
+    dtype: Dtype = "auto"
     max_model_len: int | None = None  # None: what the model allows and KV memory holds
     kv_memory_nbytes: int = 512 * 1024**2
     num_threads: int | None = None  # None: one for each core that this process may use

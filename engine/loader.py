@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from kernels.backend import AttentionKernel, AttentionShape, Backend, Linear, Ml
 
 _log = logging.getLogger(__name__)
 
-_DENSE_FORMATS = {"float32": "float32", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
+_FORMATS = {"float32": "float32", "bfloat16": "bf16", "int8": "int8", "int4": "int8"}
+_ATTENTION_FORMATS = _FORMATS | {"int4": "int4"}  # LM heads and MLPs of all tokens lose too much in four bits
 
 
 def kv_dtype(dtype: str) -> torch.dtype:
@@ -54,7 +56,7 @@ def load_decoder(
     tied = spec.tie_word_embeddings or "lm_head.weight" not in checkpoint
     head = embedding if tied else loader.tensor("lm_head.weight", spec.vocab_size, spec.hidden_size)
     norm = loader.tensor("model.norm.weight", spec.hidden_size)
-    lm_head = backend.make_linear(head, None, _DENSE_FORMATS[dtype])
+    lm_head = backend.make_linear(head, None, _FORMATS[dtype])
     checkpoint.close()
     embedding = embedding if dtype == "float32" else embedding.to(torch.bfloat16)
     return Decoder(backend, embedding, layers, norm, lm_head, spec.rms_norm_eps)
@@ -63,7 +65,7 @@ def load_decoder(
 class _DenseLoader:
     def __init__(self, checkpoint: Checkpoint, dtype: str, max_positions: int, backend: Backend) -> None:
         self._checkpoint = checkpoint
-        self._format = _DENSE_FORMATS[dtype]
+        self._dtype = dtype
         self._backend = backend
         self._spec = checkpoint.spec
         self._rotary = rotary_tables(self._spec.rope, self._spec.head_dim, max_positions)
@@ -86,11 +88,13 @@ class _DenseLoader:
             feed_forward = DenseFeedForward(self._mlp(spec.dense_mlp.format(layer=layer), "intermediate_size", norm))
         return DecoderLayer(attention, feed_forward)
 
-    def _linear(self, parts: list[tuple[str, int]], num_inputs: int, *, bias: bool = False) -> Linear:
+    def _linear(
+        self, parts: list[tuple[str, int]], num_inputs: int, formats: Mapping[str, str], *, bias: bool = False
+    ) -> Linear:
         """The named matrices below one another as one."""
         weight = torch.cat([self.tensor(f"{name}.weight", size, num_inputs) for name, size in parts])
         biases = torch.cat([self.tensor(f"{name}.bias", size) for name, size in parts]) if bias else None
-        return self._backend.make_linear(weight, biases, self._format)
+        return self._backend.make_linear(weight, biases, formats[self._dtype])
 
     def _attention(self, prefix: str, norm: Tensor) -> AttentionKernel:
         spec = self._spec
@@ -109,14 +113,16 @@ class _DenseLoader:
             sin=self._rotary[1],
         )
         parts = [(f"{prefix}.q_proj", q_size), (f"{prefix}.k_proj", kv_size), (f"{prefix}.v_proj", kv_size)]
-        qkv = self._linear(parts, spec.hidden_size, bias=spec.attention_bias)
-        output = self._linear([(f"{prefix}.o_proj", spec.hidden_size)], q_size, bias=spec.attention_bias)
+        formats, bias = _ATTENTION_FORMATS, spec.attention_bias
+        qkv = self._linear(parts, spec.hidden_size, formats, bias=bias)
+        output = self._linear([(f"{prefix}.o_proj", spec.hidden_size)], q_size, formats, bias=bias)
         return self._backend.make_attention(shape, norm, qkv, output)
 
     def _mlp(self, prefix: str, size_field: str, norm: Tensor | None) -> MlpKernel:
         size, hidden_size = int(self._checkpoint.config[size_field]), self._spec.hidden_size
-        gate_up = self._linear([(f"{prefix}.gate_proj", size), (f"{prefix}.up_proj", size)], hidden_size)
-        down = self._linear([(f"{prefix}.down_proj", hidden_size)], size)
+        parts = [(f"{prefix}.gate_proj", size), (f"{prefix}.up_proj", size)]
+        gate_up = self._linear(parts, hidden_size, _FORMATS)
+        down = self._linear([(f"{prefix}.down_proj", hidden_size)], size, _FORMATS)
         return self._backend.make_mlp(norm, self._spec.rms_norm_eps, gate_up, down)
 
     def _moe(self, layer: int, moe: MoeSpec, norm: Tensor, experts: ExpertArena) -> MoELayer:

@@ -34,7 +34,7 @@ def _size_option(text: str) -> Any:
 
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, `demo`, or a hub name such as org/name.")]
-Dtype = Annotated[str, typer.Option(help="Dense weights and activations: auto, float32, bfloat16, int8 or int4.")]
+Dtype = Annotated[str, typer.Option(help="Dense weights and activations: auto, float32, bfloat16, int8, int4.")]
 Experts = Annotated[str, typer.Option(help="Format of the experts: auto, float32, bf16, int8 or int4.")]
 ExpertMemory = Annotated[int | None, _size_option("Memory for experts, such as 512MiB [default: what fits]")]
 KvMemory = Annotated[int, _size_option("Memory for keys and values, such as 2GiB.")]
