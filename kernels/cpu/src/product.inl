@@ -467,7 +467,7 @@ static void product_by_spans(const Shape& shape, const uint8_t* w, int num_block
 // Rows from which on going span by span pays.
 static inline int by_spans_from(int format) {
 #if defined(FG_AMX)
-    return format == kInt4 ? 4 : 3;
+    return format == kInt4 ? 6 : 8;
 #else
     return format == kInt4 ? 2 * kFewRows : kFewRows + 1;
 #endif
