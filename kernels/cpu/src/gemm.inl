@@ -80,10 +80,10 @@ static void linear(ThreadPool& pool, const LinearCall& call) {
                 const float* from = values.at(b - begin, row);
                 const int column = b * kLanes, num = std::min(kLanes, call.num_outputs - column);
                 float* to = call.out + row * call.out_stride + column;
-                for (int i = 0; i < num; ++i) {
-                    const float value = call.bias ? from[i] + call.bias[column + i] : from[i];
-                    to[i] = call.accumulate ? to[i] + value : value;
-                }
+                F16 value = f_load(from);
+                if (call.bias) value = f_add(value, load_upto(call.bias + column, num));
+                if (call.accumulate) value = f_add(load_upto(to, num), value);
+                store_upto(to, value, num);
             }
     });
 }

@@ -27,7 +27,7 @@ constexpr float kLow = 1.0f / 256.0f;  // a low byte's worth beside a high one's
 constexpr float kOutlier = 6.0f; // times the root mean square: a span with more than that gets low bytes
 #if defined(FG_AVX512)
 constexpr int kFewRows = 8;      // rows whose sums of every kind stay in registers
-constexpr int kManyRows = 16;    // rows whose innermost sums stay in registers
+constexpr int kManyRows = 8;     // rows whose innermost sums, of a pair of blocks, stay in registers
 #else
 constexpr int kFewRows = 2;
 constexpr int kManyRows = 4;
@@ -289,7 +289,8 @@ static inline void product_integer(const Shape& shape, const uint8_t* w, int num
 #if !defined(FG_AMX)
 #if defined(FG_AVX512)
 static inline F16 bf16_dot(F16 acc, const uint8_t* w, int32_t pair) {
-    return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair))};
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(_mm512_loadu_si512(w)), "v"(_mm512_set1_epi32(pair)));
+    return acc;
 }
 #else
 static inline F16 bf16_dot(F16 acc, const uint8_t* w, int32_t pair) {
@@ -378,24 +379,6 @@ struct SpanOfRows {
           correction((low ? x.low_correction : x.correction) + span * x.num_rows) {}
 };
 
-// Adds one span of inputs to the sums of R rows from `first` on: sums [R, 16].
-template <int R>
-static inline void add_span(const uint8_t* w, int num_pieces, F16 factor, const SpanOfRows& x, int num_rows, int first, float* sums) {
-    const size_t stride = (size_t)num_rows * 64;
-    const uint8_t* chunk = x.chunks + first * 64;
-    I16 acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = i_set1(x.correction[first + r]);
-    for (int p = 0; p < num_pieces; ++p, w += 1024, chunk += stride)
-        for (int c = 0; c < 16; ++c) {
-            const B64 weights = b_load(w + c * 64);
-            for (int r = 0; r < R; ++r) acc[r] = dot4(acc[r], weights, word_at(chunk + r * 64 + c * 4));
-        }
-    for (int r = 0; r < R; ++r) {
-        const F16 scaled = f_mul(factor, f_set1(x.scales[first + r]));
-        f_store(sums + r * kLanes, f_fma(f_from_i(acc[r]), scaled, f_load(sums + r * kLanes)));
-    }
-}
-
 // The weights of one span, as int8 blocks.
 struct SpanOfWeights {
     const uint8_t* blocks[kPair];  // [pieces, 16, 64]
@@ -406,6 +389,32 @@ struct SpanOfWeights {
 #if defined(FG_AMX)
 #include "amx.inl"
 #else
+// Adds one span of inputs to the results of R rows, from `first` on and in B blocks from `block` on.
+template <int R, int B>
+static inline void add_span(const SpanOfWeights& w, int block, const SpanOfRows& x, int num_rows, int first, const Values& values,
+                            int row) {
+    const size_t stride = (size_t)num_rows * 64;
+    const uint8_t* chunk = x.chunks + first * 64;
+    I16 acc[B][R];
+    for (int b = 0; b < B; ++b)
+        for (int r = 0; r < R; ++r) acc[b][r] = i_set1(x.correction[first + r]);
+    for (int p = 0; p < w.num_pieces; ++p, chunk += stride)
+        for (int c = 0; c < 16; ++c) {
+            B64 weights[B];
+            for (int b = 0; b < B; ++b) weights[b] = b_load(w.blocks[block + b] + p * 1024 + c * 64);
+            for (int r = 0; r < R; ++r) {
+                const int32_t inputs = word_at(chunk + r * 64 + c * 4);
+                for (int b = 0; b < B; ++b) acc[b][r] = dot4(acc[b][r], weights[b], inputs);
+            }
+        }
+    for (int b = 0; b < B; ++b)
+        for (int r = 0; r < R; ++r) {
+            const F16 scaled = f_mul(w.factors[block + b], f_set1(x.scales[first + r]));
+            float* to = values.at(block + b, row + r);
+            f_store(to, f_fma(f_from_i(acc[b][r]), scaled, f_load(to)));
+        }
+}
+
 // Adds spans to the sums in `values`.
 class SpanAdder {
 public:
@@ -416,12 +425,15 @@ public:
         for (int t = 0; t < num_runs; ++t) {
             const int num_rows = runs[t].num_rows;
             const SpanOfRows x(Tile(shape_, memory_ + runs[t].at, num_rows), weights.span, low);
-            for (int b = 0; b < weights.num_blocks; ++b)
-                for (int r = 0; r < num_rows; r += kManyRows)
-                    with_rows<kManyRows>(num_rows - r, [&](auto rows) {
-                        float* sums = values_.at(b, runs[t].first - first_row_ + r);
-                        add_span<decltype(rows)::value>(weights.blocks[b], weights.num_pieces, weights.factors[b], x, num_rows, r, sums);
-                    });
+            const int row = runs[t].first - first_row_;
+            for (int r = 0; r < num_rows; r += kManyRows)
+                with_rows<kManyRows>(num_rows - r, [&](auto rows) {
+                    constexpr int R = decltype(rows)::value;
+#if defined(FG_AVX512)
+                    if (weights.num_blocks == kPair) return add_span<R, kPair>(weights, 0, x, num_rows, r, values_, row + r);
+#endif
+                    for (int b = 0; b < weights.num_blocks; ++b) add_span<R, 1>(weights, b, x, num_rows, r, values_, row + r);
+                });
         }
     }
 
