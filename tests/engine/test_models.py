@@ -7,9 +7,12 @@ import random
 import pytest
 import torch
 
+from engine.checkpoint import Checkpoint
+from engine.loader import load_decoder
 from engine.models import FAMILIES
 from engine.request import Request
 from engine.scheduler import SchedulerOutput
+from kernels.torch_backend import TorchBackend
 from tests.engine.conftest import greedy, run_all, tokens_of
 from tests.engine.tiny_models import VARIANTS, VOCAB_SIZE, reference_greedy, reference_logits
 
@@ -46,6 +49,28 @@ def test_logits_equal_those_of_transformers(checkpoint, make_engine, variant, ch
     expected = reference_logits(model, prompt)
     assert expected.std() > 0.1  # not a degenerate model, or the bound below says nothing
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+
+
+def test_four_bits_are_for_attention_and_eight_for_other_dense_layers(checkpoint):
+    made = []
+
+    class Recorder(TorchBackend):
+        def make_linear(self, weight, bias, format):
+            made.append((tuple(weight.shape), format))
+            return super().make_linear(weight, bias, format)
+
+    opened = Checkpoint(checkpoint("llama-llama3-rope")[0])
+    spec = opened.spec
+    load_decoder(opened, "int4", 64, Recorder(), None)
+    hidden, inner = spec.hidden_size, opened.config["intermediate_size"]
+    heads, kv_heads = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    layer = [
+        ((heads + 2 * kv_heads, hidden), "int4"),
+        ((hidden, heads), "int4"),
+        ((2 * inner, hidden), "int8"),
+        ((hidden, inner), "int8"),
+    ]
+    assert made == layer * spec.num_layers + [((spec.vocab_size, hidden), "int8")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
