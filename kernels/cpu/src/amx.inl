@@ -57,12 +57,16 @@ public:
                 const uint8_t* x1 = rows_of(runs[t + 1], now).chunks;
                 _tile_zero(2);
                 _tile_zero(3);
+                const uint8_t* next0 = t + 2 < num_runs ? rows_of(runs[t + 2], now).chunks : x1;
+                const uint8_t* next1 = t + 3 < num_runs ? rows_of(runs[t + 3], now).chunks : x1;
                 for (int p = 0; p < weights.num_pieces; ++p) {
+                    for (int r = 0; r < rows1; ++r) prefetch(next0 + ((size_t)p * rows1 + r) * 64);
                     _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
                     _tile_loadd(6, w0 + p * 1024, 64);
                     _tile_dpbsud(0, 4, 6);
                     _tile_loadd(7, w1 + p * 1024, 64);
                     _tile_dpbsud(1, 4, 7);
+                    for (int r = 0; r < rows1; ++r) prefetch(next1 + ((size_t)p * rows1 + r) * 64);
                     _tile_loadd(5, x1 + (size_t)p * rows1 * 64, 64);
                     _tile_dpbsud(2, 5, 6);
                     _tile_dpbsud(3, 5, 7);

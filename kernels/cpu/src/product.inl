@@ -381,6 +381,7 @@ struct SpanOfRows {
 
 // The weights of one span, as int8 blocks.
 struct SpanOfWeights {
+    const uint8_t* packed[kPair];
     const uint8_t* blocks[kPair];  // [pieces, 16, 64]
     F16 factors[kPair];
     int num_blocks, span, num_pieces;
@@ -392,13 +393,14 @@ struct SpanOfWeights {
 // Adds one span of inputs to the results of R rows, from `first` on and in B blocks from `block` on.
 template <int R, int B>
 static inline void add_span(const SpanOfWeights& w, int block, const SpanOfRows& x, int num_rows, int first, const Values& values,
-                            int row) {
+                            int row, const uint8_t* next) {
     const size_t stride = (size_t)num_rows * 64;
     const uint8_t* chunk = x.chunks + first * 64;
     I16 acc[B][R];
     for (int b = 0; b < B; ++b)
         for (int r = 0; r < R; ++r) acc[b][r] = i_set1(x.correction[first + r]);
-    for (int p = 0; p < w.num_pieces; ++p, chunk += stride)
+    for (int p = 0; p < w.num_pieces; ++p, chunk += stride, next += stride) {
+        for (int r = 0; r < R; ++r) prefetch(next + r * 64);
         for (int c = 0; c < 16; ++c) {
             B64 weights[B];
             for (int b = 0; b < B; ++b) weights[b] = b_load(w.blocks[block + b] + p * 1024 + c * 64);
@@ -407,6 +409,7 @@ static inline void add_span(const SpanOfWeights& w, int block, const SpanOfRows&
                 for (int b = 0; b < B; ++b) acc[b][r] = dot4(acc[b][r], weights[b], inputs);
             }
         }
+    }
     for (int b = 0; b < B; ++b)
         for (int r = 0; r < R; ++r) {
             const F16 scaled = f_mul(w.factors[block + b], f_set1(x.scales[first + r]));
@@ -422,18 +425,28 @@ public:
         : shape_(shape), first_row_(runs[0].first), memory_(memory), values_(values) {}
 
     void add(const SpanOfWeights& weights, const RowSpan* runs, int num_runs, bool low) {
+        const size_t span_nbytes = kSpanPieces * shape_.piece_nbytes;
+        // the next span's weights, a part of them before each tile
+        const size_t part = (span_nbytes * kManyRows / std::max(kManyRows, values_.num_rows) + 63) / 64 * 64;
+        size_t ahead = 0;
         for (int t = 0; t < num_runs; ++t) {
             const int num_rows = runs[t].num_rows;
             const SpanOfRows x(Tile(shape_, memory_ + runs[t].at, num_rows), weights.span, low);
             const int row = runs[t].first - first_row_;
-            for (int r = 0; r < num_rows; r += kManyRows)
+            for (int r = 0; r < num_rows; r += kManyRows) {
+                for (const size_t end = std::min(span_nbytes, ahead + part); ahead < end; ahead += 64)
+                    for (int b = 0; b < weights.num_blocks; ++b) prefetch(weights.packed[b] + span_nbytes + ahead);
+                const uint8_t* next = x.chunks + (r + kManyRows) * 64;
+                if (r + kManyRows >= num_rows && t + 1 < num_runs)
+                    next = SpanOfRows(Tile(shape_, memory_ + runs[t + 1].at, runs[t + 1].num_rows), weights.span, low).chunks;
                 with_rows<kManyRows>(num_rows - r, [&](auto rows) {
                     constexpr int R = decltype(rows)::value;
 #if defined(FG_AVX512)
-                    if (weights.num_blocks == kPair) return add_span<R, kPair>(weights, 0, x, num_rows, r, values_, row + r);
+                    if (weights.num_blocks == kPair) return add_span<R, kPair>(weights, 0, x, num_rows, r, values_, row + r, next);
 #endif
-                    for (int b = 0; b < weights.num_blocks; ++b) add_span<R, 1>(weights, b, x, num_rows, r, values_, row + r);
+                    for (int b = 0; b < weights.num_blocks; ++b) add_span<R, 1>(weights, b, x, num_rows, r, values_, row + r, next);
                 });
+            }
         }
     }
 
@@ -459,7 +472,7 @@ static void product_by_spans(const Shape& shape, const uint8_t* w, int num_block
         weights.num_pieces = std::min(kSpanPieces, shape.num_pieces - s * kSpanPieces);
         for (int b = 0; b < num_blocks; ++b) {
             const uint8_t* block = w + b * shape.block_nbytes;
-            weights.blocks[b] = block + (size_t)s * kSpanPieces * shape.piece_nbytes;
+            weights.blocks[b] = weights.packed[b] = block + (size_t)s * kSpanPieces * shape.piece_nbytes;
             if (shape.format == kInt4) {
                 expand_int4(weights.blocks[b], weights.num_pieces, expanded[b]);
                 weights.blocks[b] = expanded[b];
