@@ -60,6 +60,11 @@ public:
                 const uint8_t* next0 = t + 2 < num_runs ? rows_of(runs[t + 2], now).chunks : x1;
                 const uint8_t* next1 = t + 3 < num_runs ? rows_of(runs[t + 3], now).chunks : x1;
                 for (int p = 0; p < weights.num_pieces; ++p) {
+                    if (t == 0 && shape_.format == kInt8)
+                        for (int i = 0; i < 1024; i += 64) {
+                            prefetch(weights.packed[0] + (kSpanPieces + p) * 1024 + i);
+                            prefetch(weights.packed[weights.num_blocks - 1] + (kSpanPieces + p) * 1024 + i);
+                        }
                     for (int r = 0; r < rows1; ++r) prefetch(next0 + ((size_t)p * rows1 + r) * 64);
                     _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
                     _tile_loadd(6, w0 + p * 1024, 64);
@@ -73,6 +78,11 @@ public:
                 }
             } else {
                 for (int p = 0; p < weights.num_pieces; ++p) {
+                    if (t == 0 && shape_.format == kInt8)
+                        for (int i = 0; i < 1024; i += 64) {
+                            prefetch(weights.packed[0] + (kSpanPieces + p) * 1024 + i);
+                            prefetch(weights.packed[weights.num_blocks - 1] + (kSpanPieces + p) * 1024 + i);
+                        }
                     _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
                     _tile_loadd(6, w0 + p * 1024, 64);
                     _tile_dpbsud(0, 4, 6);
@@ -150,6 +160,10 @@ static void amx_product_bf16(const Shape& shape, const uint8_t* w, int num_block
             _tile_zero(2);
             _tile_zero(3);
             for (int i = 0; i < num_chunks; ++i) {
+                for (int r = 0; r < rows0; ++r) prefetch(x0 + ((size_t)(i + 4) * rows0 + r) * 64);
+                for (int r = 0; r < rows1; ++r) prefetch(x1 + ((size_t)(i + 4) * rows1 + r) * 64);
+                for (int r = 0; r < kTile; ++r) prefetch(w0 + (i + 4) * 1024 + r * 64);
+                for (int r = 0; r < kTile; ++r) prefetch(w1 + (i + 4) * 1024 + r * 64);
                 _tile_loadd(4, x0 + (size_t)i * rows0 * 64, 64);
                 _tile_loadd(6, w0 + (size_t)i * 1024, 64);
                 _tile_dpbf16ps(0, 4, 6);
