@@ -60,11 +60,7 @@ public:
                 const uint8_t* next0 = t + 2 < num_runs ? rows_of(runs[t + 2], now).chunks : x1;
                 const uint8_t* next1 = t + 3 < num_runs ? rows_of(runs[t + 3], now).chunks : x1;
                 for (int p = 0; p < weights.num_pieces; ++p) {
-                    if (t == 0 && shape_.format == kInt8)
-                        for (int i = 0; i < 1024; i += 64) {
-                            prefetch(weights.packed[0] + (kSpanPieces + p) * 1024 + i);
-                            prefetch(weights.packed[weights.num_blocks - 1] + (kSpanPieces + p) * 1024 + i);
-                        }
+                    if (t == 0) prefetch_piece(weights, kSpanPieces + p);
                     for (int r = 0; r < rows1; ++r) prefetch(next0 + ((size_t)p * rows1 + r) * 64);
                     _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
                     _tile_loadd(6, w0 + p * 1024, 64);
@@ -78,11 +74,7 @@ public:
                 }
             } else {
                 for (int p = 0; p < weights.num_pieces; ++p) {
-                    if (t == 0 && shape_.format == kInt8)
-                        for (int i = 0; i < 1024; i += 64) {
-                            prefetch(weights.packed[0] + (kSpanPieces + p) * 1024 + i);
-                            prefetch(weights.packed[weights.num_blocks - 1] + (kSpanPieces + p) * 1024 + i);
-                        }
+                    if (t == 0) prefetch_piece(weights, kSpanPieces + p);
                     _tile_loadd(4, x0 + (size_t)p * rows0 * 64, 64);
                     _tile_loadd(6, w0 + p * 1024, 64);
                     _tile_dpbsud(0, 4, 6);
@@ -112,6 +104,13 @@ private:
 
     SpanOfRows rows_of(const RowSpan& run, const Pending& p) const {
         return SpanOfRows(Tile(shape_, memory_ + run.at, run.num_rows), p.span, p.low);
+    }
+
+    // Spread over the products: memory takes only a few requests at once. int4's are in part asked for as they expand.
+    void prefetch_piece(const SpanOfWeights& weights, int piece) const {
+        const size_t at = piece * shape_.piece_nbytes;
+        for (size_t i = shape_.format == kInt4 ? kExpandAhead : 0; i < shape_.piece_nbytes; i += 64)
+            for (int b = 0; b < weights.num_blocks; ++b) prefetch(weights.packed[b] + at + i);
     }
 
     void finish() {

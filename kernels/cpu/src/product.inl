@@ -350,10 +350,12 @@ static inline void with_rows(int num_rows, F&& body) {
 
 // ---- any number of rows ---------------------------------------------------------------------------------------------
 
+constexpr size_t kExpandAhead = 192;  // bytes of a later piece that are prefetched as one expands
+
 // The bytes u * step + base of one span of an int4 block, as an int8 block has them: [pieces, 16, 64].
 static inline void expand_int4(const uint8_t* w, int num_pieces, uint8_t* out) {
     for (int p = 0; p < num_pieces; ++p, w += 576, out += 1024) {
-        for (int i = 0; i < 9; ++i) prefetch(w + 4 * 576 + i * 64);
+        for (size_t i = 0; i < kExpandAhead; i += 64) prefetch(w + 4 * 576 + i);
         const I16 bases = i_pairs_from_u8(w + 544);
         for (int g = 0; g < 2; ++g) {
             const I16 step = i_spread2(i_from_u8(w + 512 + g * 16));
