@@ -203,7 +203,7 @@ static inline int32_t word_at(const uint8_t* p) {
     return word;
 }
 
-// Of row first + r of the tile, in out[r] or in row first_row + r of the values.
+// Each takes R rows of a tile from `first` on.
 
 // One span of an int4 block with R rows of chunks.
 template <int R>
@@ -255,7 +255,7 @@ static inline void sum_span_int8(const uint8_t* w, int num_pieces, const uint8_t
     for (int r = 0; r < R; ++r) out[r] = f_from_i(i_add(even[r], odd[r]));
 }
 
-// Of int4 and int8, for all blocks from w on, a span of each in turn; to rows first_row.. of `out`.
+// Of int4 and int8, for all blocks from w on, a span of each in turn; results go to row first_row and on of `out`.
 template <int R, int Format>
 static inline void product_integer(const Shape& shape, const uint8_t* w, int num_blocks, const Tile& x, int first,
                                    const Values& out, int first_row) {
@@ -392,7 +392,8 @@ struct SpanOfWeights {
 #if defined(FG_AMX)
 #include "amx.inl"
 #else
-// Adds one span of inputs to the results of R rows, from `first` on and in B blocks from `block` on.
+// Adds one span of inputs to the results, at `row` and on, of R rows of a tile from `first` on with B blocks from `block`
+// on. `next` are the rows that come after these: they are in the L2 cache, and asked for in time.
 template <int R, int B>
 static inline void add_span(const SpanOfWeights& w, int block, const SpanOfRows& x, int num_rows, int first, const Values& values,
                             int row, const uint8_t* next) {
@@ -460,8 +461,8 @@ private:
 };
 #endif
 
-// Span by span over all rows, so that a span's weights are expanded once and stay in the L1 cache for all of them.
-// Of one or two blocks.
+// Span by span over all rows, so that a span's weights are expanded once and stay in the L1 cache for all of them. Takes
+// one or two blocks.
 static void product_by_spans(const Shape& shape, const uint8_t* w, int num_blocks, const RowSpan* runs, int num_runs,
                              uint8_t* memory, const Values& values) {
     alignas(64) uint8_t expanded[kPair][kSpanPieces * 1024];
