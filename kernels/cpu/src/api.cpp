@@ -74,13 +74,8 @@ foregate::LinearCall with_rows(foregate::LinearCall call, const float* x, int nu
     return call;
 }
 
-}  // namespace
-
-extern "C" {
-
-// Start the pool with that many threads, and use the named instruction set ("" for the best). 0, or -1 if it is not here.
-int foregate_start(int num_threads, const char* isa) {
-    std::lock_guard<std::mutex> lock(mutex);
+// As foregate_start; the mutex is held.
+int start(int num_threads, const char* isa) {
     const foregate::KernelTable* chosen = nullptr;
     const foregate::KernelTable* known[] = {
 #if defined(FG_HAS_AMX)
@@ -96,6 +91,16 @@ int foregate_start(int num_threads, const char* isa) {
     table = chosen;
     if (!pool || pool->num_threads() != num_threads) pool = std::make_unique<foregate::ThreadPool>(num_threads);
     return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Start the pool with that many threads, and use the named instruction set ("" for the best). 0, or -1 if it is not here.
+int foregate_start(int num_threads, const char* isa) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return start(num_threads, isa);
 }
 
 const char* foregate_isa() { return table ? table->name : ""; }
@@ -190,8 +195,8 @@ void foregate_mlp(const foregate::MlpLayer* layer, const float* x, int num_rows,
 
 // Pack [outputs, inputs] floats as int8 or int4. Needs no start: packing comes before serving.
 void foregate_pack(int format, const float* weight, int num_outputs, int num_inputs, uint8_t* out, int num_threads) {
-    if (!pool) foregate_start(num_threads, "");
     std::lock_guard<std::mutex> lock(mutex);
+    if (!pool) start(num_threads, "");
     table->pack(*pool, {format, num_outputs, num_inputs, weight, out});
 }
 
