@@ -28,9 +28,13 @@ constexpr float kOutlier = 6.0f; // times the root mean square: a span with more
 #if defined(FG_AVX512)
 constexpr int kFewRows = 8;      // rows whose sums of every kind stay in registers
 constexpr int kManyRows = 8;     // rows whose innermost sums, of a pair of blocks, stay in registers
+constexpr int kBf16Blocks = 2;   // blocks and rows whose two sums stay in registers
+constexpr int kBf16Rows = 6;
 #else
 constexpr int kFewRows = 2;
 constexpr int kManyRows = 4;
+constexpr int kBf16Blocks = 1;
+constexpr int kBf16Rows = 2;
 #endif
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -304,26 +308,39 @@ static inline F16 bf16_dot(F16 acc, const uint8_t* w, int32_t pair) {
 }
 #endif
 
-// Two chains a row, even and odd vectors, added at the end, so that latency does not bind at one row.
-template <int R>
-static inline void product_bf16(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
+// Of B blocks from w on; results go to block `block` on, row `row` on. Two chains a row, even and odd vectors, added at the
+// end, so that latency does not bind at one row.
+template <int R, int B>
+static inline void product_bf16(const Shape& shape, const uint8_t* w, const Tile& x, int first, const Values& values, int block,
+                                int row) {
     const size_t stride = (size_t)x.num_rows * 64;
     const uint8_t* chunk = x.chunks + first * 64;
-    F16 even[R], odd[R];
-    for (int r = 0; r < R; ++r) even[r] = odd[r] = f_zero();
-    for (int i = 0; i < shape.num_chunks(); ++i, w += 1024, chunk += stride)
+    F16 even[B][R], odd[B][R];
+    for (int b = 0; b < B; ++b)
+        for (int r = 0; r < R; ++r) even[b][r] = odd[b][r] = f_zero();
+    for (int i = 0; i < shape.num_chunks(); ++i, w += 1024, chunk += stride) {
+        for (int r = 0; r < R; ++r) prefetch(chunk + 2 * stride + r * 64);
         for (int v = 0; v < 16; v += 2) {
-            prefetch(w + 4096 + v * 64);
-            prefetch(w + 4096 + v * 64 + 64);
-            for (int r = 0; r < R; ++r) even[r] = bf16_dot(even[r], w + v * 64, word_at(chunk + r * 64 + v * 4));
-            for (int r = 0; r < R; ++r) odd[r] = bf16_dot(odd[r], w + v * 64 + 64, word_at(chunk + r * 64 + v * 4 + 4));
+            const uint8_t* at[B];
+            for (int b = 0; b < B; ++b) {
+                at[b] = w + b * shape.block_nbytes + v * 64;
+                prefetch(at[b] + 4096);
+                prefetch(at[b] + 4096 + 64);
+            }
+            for (int r = 0; r < R; ++r)
+                for (int b = 0; b < B; ++b) even[b][r] = bf16_dot(even[b][r], at[b], word_at(chunk + r * 64 + v * 4));
+            for (int r = 0; r < R; ++r)
+                for (int b = 0; b < B; ++b) odd[b][r] = bf16_dot(odd[b][r], at[b] + 64, word_at(chunk + r * 64 + v * 4 + 4));
         }
-    for (int r = 0; r < R; ++r) out[r] = f_add(even[r], odd[r]);
+    }
+    for (int b = 0; b < B; ++b)
+        for (int r = 0; r < R; ++r) f_store(values.at(block + b, row + r), f_add(even[b][r], odd[b][r]));
 }
 #endif
 
 template <int R>
-static inline void product_float32(const Shape& shape, const uint8_t* w, const Tile& x, int first, F16 out[R]) {
+static inline void product_float32(const Shape& shape, const uint8_t* w, const Tile& x, int first, const Values& values, int block,
+                                   int row) {
     const size_t stride = (size_t)x.num_rows * 64;
     const uint8_t* chunk = x.chunks + first * 64;
     F16 even[R], odd[R];
@@ -336,7 +353,7 @@ static inline void product_float32(const Shape& shape, const uint8_t* w, const T
             for (int r = 0; r < R; ++r) even[r] = f_fma(even_w, f_set1(((const float*)(chunk + r * 64))[k]), even[r]);
             for (int r = 0; r < R; ++r) odd[r] = f_fma(odd_w, f_set1(((const float*)(chunk + r * 64))[k + 1]), odd[r]);
         }
-    for (int r = 0; r < R; ++r) out[r] = f_add(even[r], odd[r]);
+    for (int r = 0; r < R; ++r) f_store(values.at(block, row + r), f_add(even[r], odd[r]));
 }
 
 // Calls body with a number of rows of 1..Max as a compile-time constant.
@@ -347,6 +364,22 @@ static inline void with_rows(int num_rows, F&& body) {
     }
     body(std::integral_constant<int, Max>());
 }
+
+#if !defined(FG_AMX)
+// Of all rows of a tile, results from row first_row on.
+static inline void product_bf16_of_tile(const Shape& shape, const uint8_t* w, int num_blocks, const Tile& x, const Values& values,
+                                        int first_row) {
+    for (int b = 0; b < num_blocks; b += kBf16Blocks)
+        for (int first = 0; first < x.num_rows; first += kBf16Rows)
+            with_rows<kBf16Rows>(x.num_rows - first, [&](auto rows) {
+                constexpr int R = decltype(rows)::value;
+                const uint8_t* block = w + b * shape.block_nbytes;
+                if (b + kBf16Blocks <= num_blocks)
+                    return product_bf16<R, kBf16Blocks>(shape, block, x, first, values, b, first_row + first);
+                product_bf16<R, 1>(shape, block, x, first, values, b, first_row + first);
+            });
+}
+#endif
 
 // ---- any number of rows ---------------------------------------------------------------------------------------------
 
@@ -517,23 +550,21 @@ static void product(const Shape& shape, const uint8_t* w, int num_blocks, const 
     for (int t = 0; t < num_runs; ++t) {
         const int num_rows = runs[t].num_rows;
         const Tile x(shape, memory + runs[t].at, num_rows);
+        const int first_row = runs[t].first - runs[0].first;
+#if !defined(FG_AMX)
+        if (shape.format == kBf16) {
+            product_bf16_of_tile(shape, w, num_blocks, x, values, first_row);
+            continue;
+        }
+#endif
         for (int first = 0; first < num_rows; first += kFewRows)
             with_rows<kFewRows>(num_rows - first, [&](auto rows) {
                 constexpr int R = decltype(rows)::value;
-                const int row = runs[t].first - runs[0].first + first;
+                const int row = first_row + first;
                 if (shape.format == kInt4) return product_integer<R, kInt4>(shape, w, num_blocks, x, first, values, row);
                 if (shape.format == kInt8) return product_integer<R, kInt8>(shape, w, num_blocks, x, first, values, row);
-                for (int b = 0; b < num_blocks; ++b) {
-                    const uint8_t* block = w + b * shape.block_nbytes;
-                    F16 sums[R];
-#if defined(FG_AMX)
-                    product_float32<R>(shape, block, x, first, sums);
-#else
-                    if (shape.format == kBf16) product_bf16<R>(shape, block, x, first, sums);
-                    else product_float32<R>(shape, block, x, first, sums);
-#endif
-                    for (int r = 0; r < R; ++r) f_store(values.at(b, row + r), sums[r]);
-                }
+                for (int b = 0; b < num_blocks; ++b)
+                    product_float32<R>(shape, w + b * shape.block_nbytes, x, first, values, b, row);
             });
     }
 }
