@@ -21,6 +21,7 @@ class Batch:
     sequences: Sequences
     logit_rows: Tensor | None  # int64 [sampled], rows whose next token is wanted; None: all of them
     phase: Phase
+    pregated: Tensor | None = None  # what the pre-gate has made of the tokens [T, d], where the model has one
 
     @classmethod
     def build(cls, output: SchedulerOutput, *, all_logits: bool = False) -> Batch:

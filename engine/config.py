@@ -73,6 +73,7 @@ class EngineConfig:
     kv_memory_nbytes: int = 512 * 1024**2
     num_threads: int | None = None  # None: one for each core that this process may use
     kernels: str = "auto"  # a name in kernels.backend.BACKENDS; auto: native where it was built
+    router: str = "auto"  # a name in engine.models.spec.ROUTERS; auto: the layers' own
     seed: int | None = None  # of requests that bring none; None: from the operating system
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

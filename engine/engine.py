@@ -23,6 +23,7 @@ from engine.layers.moe import ExpertArena, ExpertFailure
 from engine.loader import free_memory_nbytes, kv_dtype, load_decoder, open_experts
 from engine.messages import EngineStats, FinishReason, ModelInfo, PositionLogprobs, RequestOutput, TokenLogprob
 from engine.model_runner import ModelRunner
+from engine.models.spec import ModelSpec
 from engine.request import Request
 from engine.sampler import SampledToken, Sampler
 from engine.sampling_params import SamplingParams
@@ -52,7 +53,8 @@ class Engine:
     ) -> None:
         """`checkpoint`, `tokenizer` and `backend` stand in for what the configuration names."""
         checkpoint = checkpoint or Checkpoint(config.model)
-        config = config.resolved(checkpoint.spec.moe is not None)
+        spec = checkpoint.spec.with_router(config.router)
+        config = config.resolved(spec.moe is not None)
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
         try:
@@ -60,15 +62,15 @@ class Engine:
         except (ValueError, RuntimeError) as error:
             raise ConfigError(str(error)) from error
         self.config = config
-        self._spec = spec = checkpoint.spec
+        self._spec = spec
         dtype = kv_dtype(config.dtype)
-        num_blocks, max_model_len = _plan_kv(config, checkpoint, dtype)
+        num_blocks, max_model_len = _plan_kv(config, spec, dtype)
         self.tokenizer = tokenizer or Tokenizer(config.model)
         available = int((free_memory_nbytes() - config.kv_memory_nbytes) * (1 - _RESERVED_MEMORY_SHARE))
         self._experts: ExpertArena | None = None
         if spec.moe is not None:
             self._experts = open_experts(checkpoint, config.cache, available, progress)
-        model = load_decoder(checkpoint, config.dtype, max_model_len, backend, self._experts, progress)
+        model = load_decoder(checkpoint, spec, config.dtype, max_model_len, backend, self._experts, progress)
         self._runner = ModelRunner(model, KVCache(spec, num_blocks, dtype))
         self._blocks = BlockManager(num_blocks, BLOCK_SIZE)
         self.scheduler = SCHEDULERS[config.scheduler.policy](config.scheduler, self._blocks)
@@ -298,9 +300,8 @@ def _as_ids(token_id: int | None) -> tuple[int, ...]:
     return () if token_id is None else (token_id,)
 
 
-def _plan_kv(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, int]:
+def _plan_kv(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> tuple[int, int]:
     """-> number of KV blocks, max_model_len that they and the model allow."""
-    spec = checkpoint.spec
     num_blocks = config.kv_memory_nbytes // kv_block_nbytes(spec, dtype)
     capacity = num_blocks * BLOCK_SIZE
     wanted = config.max_model_len

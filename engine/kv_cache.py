@@ -12,11 +12,11 @@ BLOCK_SIZE = 16  # tokens; the kernels' layout depends on it
 
 def kv_block_nbytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers, keys and values."""
-    return 2 * spec.num_layers * BLOCK_SIZE * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+    return 2 * spec.num_kv_layers * BLOCK_SIZE * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
 
 class KVCache:
-    """For each layer keys [blocks, kv_heads, head_dim, 16] and values [blocks, kv_heads, 16, head_dim].
+    """For each layer keys [blocks, kv_heads, head_dim, 16] and values [blocks, kv_heads, 16, head_dim]; pre-gate last.
 
     The 16 tokens of a block lie side by side in the keys, so that scores need no sums across lanes. The system
     commits pages when they are first written.
@@ -29,7 +29,7 @@ class KVCache:
                 torch.zeros(num_blocks, heads, dim, BLOCK_SIZE, dtype=dtype),
                 torch.zeros(num_blocks, heads, BLOCK_SIZE, dim, dtype=dtype),
             )
-            for _ in range(spec.num_layers)
+            for _ in range(spec.num_kv_layers)
         ]
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:

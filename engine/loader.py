@@ -16,10 +16,10 @@ from engine.checkpoint import Checkpoint
 from engine.config import CacheConfig, format_nbytes
 from engine.convert import Progress, ensure_packed, expert_layout
 from engine.errors import ConfigError
-from engine.layers.moe import ExpertArena, MoELayer
+from engine.layers.moe import ExpertArena, LayerwiseRouter, MoELayer, PregatedRouter, Router
 from engine.layers.rotary import rotary_tables
-from engine.models.decoder import Decoder, DecoderLayer, DenseFeedForward, FeedForward
-from engine.models.spec import MoeSpec
+from engine.models.decoder import Decoder, DecoderLayer, DenseFeedForward, FeedForward, Pregate
+from engine.models.spec import ModelSpec, MoeSpec, PregateSpec
 from kernels.backend import AttentionKernel, AttentionShape, Backend, Linear, MlpKernel
 
 _log = logging.getLogger(__name__)
@@ -35,18 +35,18 @@ def kv_dtype(dtype: str) -> torch.dtype:
 
 def load_decoder(
     checkpoint: Checkpoint,
+    spec: ModelSpec,
     dtype: str,
     max_positions: int,
     backend: Backend,
     experts: ExpertArena | None,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Read all dense weights and pack them as `dtype`; norms and routers stay float32.
+    """Read all dense weights and pack them as `dtype`; norms, routers and pre-gate stay float32.
 
-    Raises `CheckpointError` for what is missing.
+    `spec`: the checkpoint's, with the routers that are wanted. Raises `CheckpointError` for what is missing.
     """
-    loader = _DenseLoader(checkpoint, dtype, max_positions, backend)
-    spec = checkpoint.spec
+    loader = _DenseLoader(checkpoint, spec, dtype, max_positions, backend)
     layers = []
     for layer in range(spec.num_layers):
         layers.append(loader.layer(layer, experts))
@@ -57,17 +57,20 @@ def load_decoder(
     head = embedding if tied else loader.tensor("lm_head.weight", spec.vocab_size, spec.hidden_size)
     norm = loader.tensor("model.norm.weight", spec.hidden_size)
     lm_head = backend.make_linear(head, None, _FORMATS[dtype])
+    pregate = None if spec.pregate is None else loader.pregate(spec.pregate)
     checkpoint.close()
     embedding = embedding if dtype == "float32" else embedding.to(torch.bfloat16)
-    return Decoder(backend, embedding, layers, norm, lm_head, spec.rms_norm_eps)
+    return Decoder(backend, embedding, layers, norm, lm_head, spec.rms_norm_eps, pregate)
 
 
 class _DenseLoader:
-    def __init__(self, checkpoint: Checkpoint, dtype: str, max_positions: int, backend: Backend) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, spec: ModelSpec, dtype: str, max_positions: int, backend: Backend
+    ) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._backend = backend
-        self._spec = checkpoint.spec
+        self._spec = spec
         self._rotary = rotary_tables(self._spec.rope, self._spec.head_dim, max_positions)
 
     def tensor(self, name: str, *shape: int) -> Tensor:
@@ -76,17 +79,35 @@ class _DenseLoader:
     def layer(self, layer: int, experts: ExpertArena | None) -> DecoderLayer:
         spec, prefix = self._spec, f"model.layers.{layer}"
         moe = spec.moe
-        attention = self._attention(
-            f"{prefix}.self_attn", self.tensor(f"{prefix}.input_layernorm.weight", spec.hidden_size)
-        )
+        input_norm = self.tensor(f"{prefix}.input_layernorm.weight", spec.hidden_size)
+        shape, bias = self._attention_shape(f"{prefix}.self_attn"), spec.attention_bias
+        attention = self._attention(f"{prefix}.self_attn", input_norm, shape, _ATTENTION_FORMATS, bias=bias)
         norm = self.tensor(f"{prefix}.post_attention_layernorm.weight", spec.hidden_size)
         feed_forward: FeedForward
         if moe is not None and layer in moe.layers:
             assert experts is not None
             feed_forward = self._moe(layer, moe, norm, experts)
         else:
-            feed_forward = DenseFeedForward(self._mlp(spec.dense_mlp.format(layer=layer), "intermediate_size", norm))
+            feed_forward = DenseFeedForward(
+                self._model_mlp(spec.dense_mlp.format(layer=layer), "intermediate_size", norm)
+            )
         return DecoderLayer(attention, feed_forward)
+
+    def pregate(self, spec: PregateSpec) -> Pregate:
+        prefix, eps, plain = "model.pregate", self._spec.rms_norm_eps, {self._dtype: "float32"}
+        layers = []
+        for i in range(spec.num_layers):
+            norms = [
+                self.tensor(f"{prefix}.layers.{i}.{name}.weight", spec.hidden_size)
+                for name in ("input_layernorm", "post_attention_layernorm")
+            ]
+            heads, head_dim = self._spec.num_kv_heads, self._spec.head_dim
+            shape = AttentionShape(heads, heads, head_dim, "none", eps, None, None, None, *self._rotary)
+            attention = self._attention(f"{prefix}.layers.{i}.self_attn", norms[0], shape, plain)
+            mlp = self._mlp(f"{prefix}.layers.{i}.mlp", spec.intermediate_size, norms[1], spec.hidden_size, plain)
+            layers.append(DecoderLayer(attention, DenseFeedForward(mlp)))
+        inward = self._linear([(f"{prefix}.input", spec.hidden_size)], self._spec.hidden_size, plain)
+        return Pregate(self._backend, inward, torch.ones(self._spec.hidden_size), layers, eps)
 
     def _linear(
         self, parts: list[tuple[str, int]], num_inputs: int, formats: Mapping[str, str], *, bias: bool = False
@@ -96,11 +117,21 @@ class _DenseLoader:
         biases = torch.cat([self.tensor(f"{name}.bias", size) for name, size in parts]) if bias else None
         return self._backend.make_linear(weight, biases, formats[self._dtype])
 
-    def _attention(self, prefix: str, norm: Tensor) -> AttentionKernel:
+    def _attention(
+        self, prefix: str, norm: Tensor, shape: AttentionShape, formats: Mapping[str, str], *, bias: bool = False
+    ) -> AttentionKernel:
+        hidden_size = len(norm)
+        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        parts = [(f"{prefix}.q_proj", q_size), (f"{prefix}.k_proj", kv_size), (f"{prefix}.v_proj", kv_size)]
+        qkv = self._linear(parts, hidden_size, formats, bias=bias)
+        output = self._linear([(f"{prefix}.o_proj", hidden_size)], q_size, formats, bias=bias)
+        return self._backend.make_attention(shape, norm, qkv, output)
+
+    def _attention_shape(self, prefix: str) -> AttentionShape:
         spec = self._spec
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         norm_sizes = {"none": None, "head": (spec.head_dim, spec.head_dim), "full": (q_size, kv_size)}[spec.qk_norm]
-        shape = AttentionShape(
+        return AttentionShape(
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
@@ -112,29 +143,35 @@ class _DenseLoader:
             cos=self._rotary[0],
             sin=self._rotary[1],
         )
-        parts = [(f"{prefix}.q_proj", q_size), (f"{prefix}.k_proj", kv_size), (f"{prefix}.v_proj", kv_size)]
-        formats, bias = _ATTENTION_FORMATS, spec.attention_bias
-        qkv = self._linear(parts, spec.hidden_size, formats, bias=bias)
-        output = self._linear([(f"{prefix}.o_proj", spec.hidden_size)], q_size, formats, bias=bias)
-        return self._backend.make_attention(shape, norm, qkv, output)
 
-    def _mlp(self, prefix: str, size_field: str, norm: Tensor | None) -> MlpKernel:
-        size, hidden_size = int(self._checkpoint.config[size_field]), self._spec.hidden_size
+    def _mlp(
+        self, prefix: str, size: int, norm: Tensor | None, hidden_size: int, formats: Mapping[str, str]
+    ) -> MlpKernel:
         parts = [(f"{prefix}.gate_proj", size), (f"{prefix}.up_proj", size)]
-        gate_up = self._linear(parts, hidden_size, _FORMATS)
-        down = self._linear([(f"{prefix}.down_proj", hidden_size)], size, _FORMATS)
+        gate_up = self._linear(parts, hidden_size, formats)
+        down = self._linear([(f"{prefix}.down_proj", hidden_size)], size, formats)
         return self._backend.make_mlp(norm, self._spec.rms_norm_eps, gate_up, down)
 
+    def _model_mlp(self, prefix: str, size_field: str, norm: Tensor | None) -> MlpKernel:
+        size = int(self._checkpoint.config[size_field])
+        return self._mlp(prefix, size, norm, self._spec.hidden_size, _FORMATS)
+
     def _moe(self, layer: int, moe: MoeSpec, norm: Tensor, experts: ExpertArena) -> MoELayer:
-        name = moe.router.format(layer=layer)
-        weight = self.tensor(f"{name}.weight", moe.num_experts, self._spec.hidden_size)
-        bias = self.tensor(f"{name}.bias", moe.num_experts) if moe.router_bias else None
         shared = None
         if moe.shared_mlp is not None:
-            shared = self._mlp(moe.shared_mlp.format(layer=layer), "shared_expert_intermediate_size", None)
-        linear = self._backend.make_linear(weight, bias, "float32")
-        router = self._backend.make_router(norm, self._spec.rms_norm_eps, linear, moe.num_active, moe.routing)
-        return MoELayer(layer, moe.num_experts, self._backend, router, experts, shared)
+            shared = self._model_mlp(moe.shared_mlp.format(layer=layer), "shared_expert_intermediate_size", None)
+        return MoELayer(layer, moe.num_experts, self._backend, self._router(layer, moe, norm), experts, shared)
+
+    def _router(self, layer: int, moe: MoeSpec, norm: Tensor) -> Router:
+        pregate, backend, eps = self._spec.pregate, self._backend, self._spec.rms_norm_eps
+        if pregate is None:
+            name, num_inputs, bias, input_norm = moe.router.format(layer=layer), len(norm), moe.router_bias, norm
+        else:
+            name, num_inputs, bias = f"model.pregate.routers.{layer}", pregate.hidden_size, True
+            input_norm = self.tensor("model.pregate.norm.weight", num_inputs)
+        linear = self._linear([(name, moe.num_experts)], num_inputs, {self._dtype: "float32"}, bias=bias)
+        kernel = backend.make_router(input_norm, eps, linear, moe.num_active, moe.routing)
+        return LayerwiseRouter(kernel) if pregate is None else PregatedRouter(kernel, backend, norm, eps)
 
 
 def open_experts(

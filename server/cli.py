@@ -32,6 +32,7 @@ from server.cli_options import (
     Model,
     PackedDir,
     RandomShape,
+    Router,
     Seed,
     Threads,
     check_random,
@@ -99,6 +100,7 @@ def serve(
     seed: Seed = None,
     threads: Threads = None,
     kernels: Kernels = "auto",
+    router: Router = "auto",
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds for running requests to end.")] = 30.0,
     shutdown_linger: Annotated[
         float, typer.Option(min=0, help="Seconds to listen on after SIGTERM, while not ready.")
@@ -129,6 +131,7 @@ def serve(
             kv_memory_nbytes=kv_memory,
             num_threads=threads,
             kernels=kernels,
+            router=router,
             seed=seed,
             cache=CacheConfig(format=experts, memory_nbytes=expert_memory, policy=cache_policy, packed_dir=packed_dir),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
@@ -176,6 +179,7 @@ def chat(
     seed: Seed = None,
     threads: Threads = None,
     kernels: Kernels = "auto",
+    router: Router = "auto",
     log_level: LogLevel = "warning",
 ) -> None:
     """Talk to MODEL in the terminal, or to a running server with --url."""
@@ -195,6 +199,7 @@ def chat(
         kv_memory_nbytes=kv_memory,
         num_threads=threads,
         kernels=kernels,
+        router=router,
         seed=seed,
         cache=CacheConfig(format=experts, memory_nbytes=expert_memory, packed_dir=packed_dir),
         scheduler=SchedulerConfig(max_num_seqs=1),

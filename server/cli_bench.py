@@ -27,6 +27,7 @@ from server.cli_options import (
     Model,
     PackedDir,
     RandomShape,
+    Router,
     Threads,
     TokenIds,
     check_random,
@@ -67,6 +68,7 @@ def offline(
     expert_memory: ExpertMemory = None,
     threads: Threads = None,
     kernels: Kernels = "auto",
+    router: Router = "auto",
     log_level: LogLevel = "warning",
 ) -> None:
     """Prefill and decode tokens per second of the engine alone, without HTTP."""
@@ -81,6 +83,7 @@ def offline(
         kv_memory_nbytes=kv_memory,
         num_threads=threads,
         kernels=kernels,
+        router=router,
         cache=CacheConfig(format=experts, memory_nbytes=expert_memory),
     )
     workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
@@ -124,6 +127,7 @@ def perplexity(
     packed_dir: PackedDir = None,
     threads: Threads = None,
     kernels: Kernels = "auto",
+    router: Router = "auto",
     log_level: LogLevel = "warning",
 ) -> None:
     """How well MODEL predicts text: what a format costs in quality."""
@@ -137,6 +141,7 @@ def perplexity(
         kv_memory_nbytes=kv_memory,
         num_threads=threads,
         kernels=kernels,
+        router=router,
         cache=CacheConfig(format=experts, memory_nbytes=expert_memory, packed_dir=packed_dir),
     )
     with ProgressDisplay() as progress:

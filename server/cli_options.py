@@ -43,6 +43,7 @@ MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt a
 CachePolicy = Annotated[str, typer.Option(help="Which experts stay in memory.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads for arithmetic [default: one a core].")]
 Kernels = Annotated[str, typer.Option(help="auto, native or reference (slow, for comparison).")]
+Router = Annotated[str, typer.Option(help="layerwise, or pregated where the model has a pre-gate.")]
 Seed = Annotated[int | None, typer.Option(help="For requests that bring none [default: random].")]
 RandomShape = Annotated[
     str | None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from engine.batch import Batch
-from kernels.backend import Backend, MlpKernel, Records, RouterKernel
+from kernels.backend import Backend, MlpKernel, Records, RouterKernel, Routing
 from kernels.quant.layout import RecordLayout
 
 
@@ -39,6 +42,39 @@ class ExpertArena:
         return self._outputs
 
 
+class Router(Protocol):
+    """Norm, and choice of experts, of one layer."""
+
+    def __call__(self, residual: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
+        """residual [T, H] -> its norm x [T, H], and where each row goes; both hold until a router is called again."""
+        ...
+
+
+@dataclass(slots=True)
+class LayerwiseRouter:
+    """Routes by the layer's own input."""
+
+    kernel: RouterKernel
+
+    def __call__(self, residual: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
+        return self.kernel(residual)
+
+
+@dataclass(slots=True)
+class PregatedRouter:
+    """Routes by what the pre-gate made of the tokens before the forward pass began."""
+
+    kernel: RouterKernel  # takes the pre-gate's states
+    backend: Backend
+    norm: Tensor  # float32 [H]
+    eps: float
+
+    def __call__(self, residual: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
+        assert batch.pregated is not None
+        _, routing = self.kernel(batch.pregated)
+        return self.backend.rms_norm(residual, self.norm, self.eps), routing
+
+
 class MoELayer:
     """Experts of one layer, and a shared one where the family has it.
 
@@ -51,7 +87,7 @@ class MoELayer:
         layer: int,
         num_experts: int,
         backend: Backend,
-        router: RouterKernel,
+        router: Router,
         experts: ExpertArena,
         shared: MlpKernel | None,
     ) -> None:
@@ -64,7 +100,7 @@ class MoELayer:
 
     def __call__(self, residual: Tensor, batch: Batch) -> None:
         """Adds to residual [T, H]; raises `ExpertFailure`, and the step is then void."""
-        x, routing = self._router(residual)
+        x, routing = self._router(residual, batch)
         keys = [self._keys[expert] for expert in routing.experts]
         outputs = self._experts.outputs(routing.num_positions)
         backend, records = self._backend, self._experts.records

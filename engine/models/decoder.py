@@ -38,6 +38,26 @@ class DecoderLayer:
 
 
 @dataclass(slots=True)
+class Pregate:
+    """A small causal model over token ids; its states route every layer. Its KV comes after the decoder's layers'."""
+
+    backend: Backend
+    input: Linear  # [d, H], takes normed embeddings
+    input_norm: Tensor  # float32 [H]
+    layers: list[DecoderLayer]
+    eps: float
+
+    def __call__(self, embedded: Tensor, batch: Batch, kv_cache: KVCache, first_layer: int) -> Tensor:
+        """Embeddings [T, H] -> states [T, d]; keys and values go to the cache's layers from `first_layer` on."""
+        state = self.input(self.backend.rms_norm(embedded, self.input_norm, self.eps))
+        for i, layer in enumerate(self.layers):
+            keys, values = kv_cache[first_layer + i]
+            layer.attention(state, keys, values, batch.sequences)
+            layer.feed_forward(state, batch)
+        return state
+
+
+@dataclass(slots=True)
 class Decoder:
     """The whole model; calls are pure but for the KV cache that they write."""
 
@@ -47,11 +67,14 @@ class Decoder:
     norm: Tensor  # float32 [H]
     lm_head: Linear  # [V, H]
     eps: float
+    pregate: Pregate | None = None
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         """-> float32 logits [len(batch.logit_rows), V]."""
         residual = self.embedding[batch.token_ids].float()
+        if self.pregate is not None:
+            batch.pregated = self.pregate(residual, batch, kv_cache, len(self.layers))
         for i, layer in enumerate(self.layers):
             keys, values = kv_cache[i]
             layer.attention(residual, keys, values, batch.sequences)

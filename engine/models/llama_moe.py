@@ -1,13 +1,14 @@
 """Llama refactored into a MoE by `foregate refactor` (after Read-ME, arXiv 2410.19123), and dense Llama itself.
 
 Each FFN is an always-on shared expert plus routed experts that cover the rest of its neurons; a chosen expert counts
-in full (weight 1), so that with all of them active the model is the dense one.
+in full (weight 1), so that with all of them active the model is the dense one. Experts are chosen by a router in each
+layer, or by one small model over the token ids that knows all choices before the forward pass begins.
 """
 
 from __future__ import annotations
 
 from engine.errors import CheckpointError
-from engine.models.spec import Config, ModelSpec, MoeSpec, base_fields, num_experts
+from engine.models.spec import Config, ModelSpec, MoeSpec, PregateSpec, base_fields, num_experts
 
 MODEL_TYPE = "foregate_llama_moe"
 _MLP = "model.layers.{layer}.mlp"
@@ -28,7 +29,8 @@ def llama_moe(config: Config) -> ModelSpec:
         down=f"{_MLP}.experts.{{expert}}.down_proj",
         shared_mlp=f"{_MLP}.shared_expert" if config.get("shared_expert_intermediate_size") else None,
     )
-    return ModelSpec(**fields, moe=moe)
+    pregate = config.get("pregate")
+    return ModelSpec(**fields, moe=moe, pregate=None if pregate is None else PregateSpec(**pregate))
 
 
 def llama(config: Config) -> ModelSpec:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 
 Config = Mapping[str, Any]
 Routing = Literal["softmax", "softmax_renormalised", "unweighted"]
+ROUTERS = ("auto", "layerwise", "pregated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,24 @@ class MoeSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PregateSpec:
+    """A small causal model over token ids that routes all layers before the forward pass (Read-ME, arXiv 2410.19123).
+
+    Its layers are Llama's, with as many heads as the model has KV heads and of their size, so that its keys and values
+    lie in the same blocks. Names are those of Llama under `model.pregate.`; the routers are `routers.{layer}`.
+    """
+
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"config.json: the pre-gate's {name} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A model. Weight names beyond the experts' are those of Llama, which all families share."""
 
@@ -60,6 +79,22 @@ class ModelSpec:
     attention_bias: bool = False
     clip_qkv: float | None = None
     dense_mlp: str = "model.layers.{layer}.mlp"  # prefix in layers without experts
+    pregate: PregateSpec | None = None  # routes instead of the layers' own routers
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers that have keys and values: the model's, then the pre-gate's."""
+        return self.num_layers + (self.pregate.num_layers if self.pregate is not None else 0)
+
+    def with_router(self, name: str) -> ModelSpec:
+        """Routed by `layerwise`, `pregated`, or `auto`, the layers' own. Raises `ConfigError` for one it has not."""
+        if name not in ROUTERS:
+            raise ConfigError(f"unknown router {name!r}; known: {', '.join(ROUTERS)}")
+        if name != "pregated":
+            return replace(self, pregate=None)
+        if self.pregate is None:
+            raise ConfigError("this model has no pre-gate: its only router is layerwise")
+        return self
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):

@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from engine.refactor.dense import DenseLayer, Rotary
+from engine.refactor.healing import healed
 from engine.refactor.perplexity import refactored_ffn
 from engine.refactor.plan import RefactorPlan
 from engine.refactor.source import DenseSource
@@ -20,6 +21,7 @@ class ChatWriter:
 
     def __init__(self, source: DenseSource, plan: RefactorPlan | None = None, max_len: int = 1024) -> None:
         self._config = source.config
+        source = healed(source, plan.healing if plan is not None else None)
         self._plan = plan
         self._layers = [DenseLayer.load(source, i) for i in range(self._config.num_hidden_layers)]
         self._embedding = source.tensor("model.embed_tokens.weight")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.refactor.corpus import Passages
 from engine.refactor.dense import DenseLayer, Rotary, attend, embed, token_log_likelihoods
+from engine.refactor.healing import healed
 from engine.refactor.plan import LayerPlan, RefactorPlan, SplitSettings
 from engine.refactor.source import DenseSource
 from kernels.reference import rms_norm
@@ -53,6 +54,7 @@ def perplexities(
     """One `Perplexity` per text. Memory: one layer and two hidden states of every token."""
     config = source.config
     rotary = Rotary.build(config, max(text.tokens.shape[1] for text in texts))
+    split = healed(source, plan.healing)
     dense = [embed(source, text.tokens) for text in texts]
     refactored = [hidden.clone() for hidden in dense]
     for index, layer_plan in enumerate(plan.layers):
@@ -61,13 +63,14 @@ def perplexities(
             hidden.copy_(attend(hidden, layer, config, rotary))
             x = rms_norm(hidden, layer.post_norm, config.rms_norm_eps)
             hidden += F.linear(layer.neurons(x), layer.down)
+        layer = DenseLayer.load(split, index)
         for hidden in (row[None] for text in refactored for row in text):
             hidden.copy_(attend(hidden, layer, config, rotary))
             x = rms_norm(hidden, layer.post_norm, config.rms_norm_eps)
             hidden += refactored_ffn(x, layer, layer_plan, plan.settings)
         progress(index + 1, len(plan.layers))
     return [
-        Perplexity(text.name, _perplexity(source, a, text), _perplexity(source, b, text))
+        Perplexity(text.name, _perplexity(source, a, text), _perplexity(split, b, text))
         for text, a, b in zip(texts, dense, refactored, strict=True)
     ]
 

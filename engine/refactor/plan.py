@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
+from engine.models.spec import PregateSpec
+from engine.refactor.healing import Healing
 from engine.refactor.llama_config import LlamaConfig
 
-_FORMAT = "foregate-refactor-plan-1"
+_FORMAT = "foregate-refactor-plan-2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +57,26 @@ class LayerPlan:
     router_bias: Tensor  # [E]
 
 
+@dataclass(frozen=True, slots=True)
+class PregatePlan:
+    """The second router: parameters by their name in `engine.refactor.pregate.PregateModel`, float16."""
+
+    spec: PregateSpec
+    parameters: dict[str, Tensor]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefactorPlan:
-    """Every layer's plan, for the checkpoint whose `engine.refactor.source.fingerprint` is `source_sha256`."""
+    """Every layer's plan, what heals the split, and the pre-gate.
+
+    For the checkpoint whose `engine.refactor.source.fingerprint` is `source_sha256`.
+    """
 
     settings: SplitSettings
     source_sha256: str
     layers: list[LayerPlan]
+    healing: Healing | None = None
+    pregate: PregatePlan | None = None
 
     def check(self, config: LlamaConfig) -> None:
         """Raises `CheckpointError` unless the plan has the model's shape and its permutations are permutations."""
@@ -75,16 +90,21 @@ class RefactorPlan:
                 raise CheckpointError(f"the plan's layer {index} has a router of shape {layer.router_weight.shape}")
             if layer.router_bias.shape != (self.settings.num_experts,):
                 raise CheckpointError(f"the plan's layer {index} has a bias of shape {layer.router_bias.shape}")
+        if self.healing is not None:
+            self.healing.check(config)
 
     def rounded(self) -> RefactorPlan:
         """As its file keeps it: router weights have passed through float16."""
         layers = [
             LayerPlan(x.permutation, x.router_weight.to(torch.float16).float(), x.router_bias) for x in self.layers
         ]
-        return RefactorPlan(settings=self.settings, source_sha256=self.source_sha256, layers=layers)
+        return replace(self, layers=layers)
 
     def to_bytes(self) -> bytes:
-        """A safetensors file: permutation uint16 [L, I], router.weight float16 [L, E, H], .bias float32 [L, E]."""
+        """A safetensors file: permutation uint16 [L, I], router.weight float16 [L, E, H], .bias float32 [L, E].
+
+        Beside these the healing's factors and norms and the pre-gate's parameters, where there are any, in float16.
+        """
         permutations = torch.stack([layer.permutation for layer in self.layers])
         if permutations.shape[1] > 1 << 16:
             raise CheckpointError(f"a plan holds at most 65536 neurons a layer, got {permutations.shape[1]}")
@@ -93,10 +113,15 @@ class RefactorPlan:
             "router.weight": torch.stack([layer.router_weight for layer in self.layers]).to(torch.float16),
             "router.bias": torch.stack([layer.router_bias for layer in self.layers]),
         }
+        if self.healing is not None:
+            tensors |= self.healing.tensors()
+        if self.pregate is not None:
+            tensors |= {f"pregate.{name}": tensor for name, tensor in self.pregate.parameters.items()}
         about: dict[str, Any] = {
             "format": _FORMAT,
             "settings": asdict(self.settings),
             "source_sha256": self.source_sha256,
+            "pregate": None if self.pregate is None else asdict(self.pregate.spec),
         }
         # one key only: safetensors keeps metadata in a map without order, and the file must come out byte-identical
         serialised: bytes = save(tensors, metadata={"foregate": json.dumps(about, sort_keys=True)})
@@ -114,9 +139,20 @@ class RefactorPlan:
                 about = json.loads((file.metadata() or {}).get("foregate", "{}"))
                 if about.get("format") != _FORMAT:
                     raise CheckpointError(f"{path} is not a refactoring plan ({_FORMAT})")
-                permutations = file.get_tensor("permutation").to(torch.int64)
-                weights, biases = file.get_tensor("router.weight").float(), file.get_tensor("router.bias")
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read the plan {path}: {error}") from error
-        layers = [LayerPlan(*parts) for parts in zip(permutations, weights, biases, strict=True)]
-        return cls(settings=SplitSettings(**about["settings"]), source_sha256=about["source_sha256"], layers=layers)
+        parts = tensors["permutation"].to(torch.int64), tensors["router.weight"].float(), tensors["router.bias"]
+        layers = [LayerPlan(*layer) for layer in zip(*parts, strict=True)]
+        pregate = None
+        if about["pregate"] is not None:
+            names = [name for name in tensors if name.startswith("pregate.")]
+            parameters = {name.removeprefix("pregate."): tensors[name] for name in names}
+            pregate = PregatePlan(PregateSpec(**about["pregate"]), parameters)
+        return cls(
+            settings=SplitSettings(**about["settings"]),
+            source_sha256=about["source_sha256"],
+            layers=layers,
+            healing=Healing.of_tensors(tensors),
+            pregate=pregate,
+        )

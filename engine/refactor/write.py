@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
+from engine.refactor.healing import healed
 from engine.refactor.plan import RefactorPlan
 from engine.refactor.source import DenseSource, fingerprint, write_json
 
@@ -58,16 +60,21 @@ def write_checkpoint(
 def moe_config(source: DenseSource, plan: RefactorPlan, dtype: str) -> dict[str, Any]:
     """config.json of the MoE: the Llama's fields, the split's sizes, and what it was made from."""
     settings = plan.settings
-    return source.config.as_dict() | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
-        "shared_expert_intermediate_size": settings.shared_size,
-        "moe_intermediate_size": settings.expert_size(source.config.intermediate_size),
-        "num_experts": settings.num_experts,
-        "num_experts_per_tok": settings.num_active,
-        "torch_dtype": dtype,
-        "foregate_refactor": {"plan_sha256": plan.sha256(), "source_sha256": plan.source_sha256},
-    }
+    pregate = {} if plan.pregate is None else {"pregate": asdict(plan.pregate.spec)}
+    return (
+        source.config.as_dict()
+        | pregate
+        | {
+            "architectures": [ARCHITECTURE],
+            "model_type": MODEL_TYPE,
+            "shared_expert_intermediate_size": settings.shared_size,
+            "moe_intermediate_size": settings.expert_size(source.config.intermediate_size),
+            "num_experts": settings.num_experts,
+            "num_experts_per_tok": settings.num_active,
+            "torch_dtype": dtype,
+            "foregate_refactor": {"plan_sha256": plan.sha256(), "source_sha256": plan.source_sha256},
+        }
+    )
 
 
 def moe_tensors(
@@ -75,6 +82,7 @@ def moe_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the MoE in a fixed order, weights in `dtype` (round to nearest), routers in float32."""
     config, settings = source.config, plan.settings
+    source = healed(source, plan.healing)
     expert_size = settings.expert_size(config.intermediate_size)
     yield "model.embed_tokens.weight", source.tensor("model.embed_tokens.weight").to(dtype)
     for index, layer in enumerate(plan.layers):
@@ -94,6 +102,9 @@ def moe_tensors(
     yield "model.norm.weight", source.tensor("model.norm.weight").to(dtype)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", source.tensor("lm_head.weight").to(dtype)
+    if plan.pregate is not None:
+        for name, tensor in sorted(plan.pregate.parameters.items()):
+            yield f"model.pregate.{name}", tensor.float()
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def test_four_bits_are_for_attention_and_eight_for_other_dense_layers(checkpoint
 
     opened = Checkpoint(checkpoint("llama-llama3-rope")[0])
     spec = opened.spec
-    load_decoder(opened, "int4", 64, Recorder(), None)
+    load_decoder(opened, spec, "int4", 64, Recorder(), None)
     hidden, inner = spec.hidden_size, opened.config["intermediate_size"]
     heads, kv_heads = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     layer = [

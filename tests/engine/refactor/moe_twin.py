@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 
 class TwinFfn(torch.nn.Module):
@@ -19,13 +19,16 @@ class TwinFfn(torch.nn.Module):
         super().__init__()
         self.tensors, self.prefix = tensors, prefix
         self.num_experts, self.num_active = num_experts, num_active
+        self.pregated: Tensor | None = None  # logits [B, T, E] to route by instead of the layer's own
 
     def expert(self, x: Tensor, name: str) -> Tensor:
         gate, up, down = (self.tensors[f"{self.prefix}{name}.{p}_proj.weight"].float() for p in ("gate", "up", "down"))
         return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = x @ self.tensors[f"{self.prefix}router.weight"].T + self.tensors[f"{self.prefix}router.bias"]
+        logits = self.pregated
+        if logits is None:
+            logits = x @ self.tensors[f"{self.prefix}router.weight"].T + self.tensors[f"{self.prefix}router.bias"]
         chosen = logits.argsort(-1, descending=True)[..., : self.num_active]
         out = self.expert(x, "shared_expert")
         for i in range(self.num_experts):
@@ -53,9 +56,67 @@ def load_twin(path: Path, *, num_active: int | None = None) -> LlamaForCausalLM:
     num_active = config["num_experts_per_tok"] if num_active is None else num_active
     for index, layer in enumerate(model.model.layers):
         layer.mlp = TwinFfn(tensors, f"model.layers.{index}.mlp.", config["num_experts"], num_active)
-    dense = {name: tensor.float() for name, tensor in tensors.items() if ".mlp." not in name}
+    layers = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.pregate.")}
+    dense = {name: tensor.float() for name, tensor in layers.items() if ".mlp." not in name}
     if config["tie_word_embeddings"]:
         assert "lm_head.weight" not in dense
         dense["lm_head.weight"] = dense["model.embed_tokens.weight"]
     model.load_state_dict(dense)
     return model.eval()
+
+
+class PregatedTwin:
+    """The twin routed by its pre-gate, which is a Llama of transformers' over a projection of the embeddings."""
+
+    def __init__(self, path: Path) -> None:
+        config, tensors = json.loads((path / "config.json").read_text()), load_tensors(path)
+        self.model = load_twin(path)
+        spec, heads = config["pregate"], config["num_key_value_heads"]
+        self.tensors = {
+            name.removeprefix("model.pregate."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("model.pregate.")
+        }
+        self.eps = config["rms_norm_eps"]
+        self.gate = LlamaModel(
+            LlamaConfig(
+                hidden_size=spec["hidden_size"],
+                intermediate_size=spec["intermediate_size"],
+                num_hidden_layers=spec["num_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                head_dim=config["head_dim"],
+                vocab_size=1,
+                rms_norm_eps=self.eps,
+                rope_parameters=config["rope_parameters"],
+            )
+        ).eval()
+        state = {name: tensor for name, tensor in self.tensors.items() if name.startswith(("layers.", "norm."))}
+        missing, unexpected = self.gate.load_state_dict(state, strict=False)
+        assert missing == ["embed_tokens.weight"]
+        assert not unexpected
+
+    @torch.inference_mode()
+    def routes(self, token_ids: list[int]) -> Tensor:
+        """Router logits [L, T, E]."""
+        embedded = self.model.model.embed_tokens(torch.tensor([token_ids]))
+        normed = embedded * torch.rsqrt(embedded.square().mean(-1, keepdim=True) + self.eps)
+        state = self.gate(inputs_embeds=normed @ self.tensors["input.weight"].T).last_hidden_state[0]
+        layers = range(len(self.model.model.layers))
+        return torch.stack(
+            [state @ self.tensors[f"routers.{i}.weight"].T + self.tensors[f"routers.{i}.bias"] for i in layers]
+        )
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """[T, V] of every position."""
+        for layer, routes in zip(self.model.model.layers, self.routes(token_ids), strict=True):
+            layer.mlp.pregated = routes[None]
+        return self.model(torch.tensor([token_ids]), use_cache=False).logits[0]
+
+    def greedy(self, token_ids: list[int], num_tokens: int) -> list[int]:
+        """Greedy continuation, everything computed anew for each token."""
+        tokens = list(token_ids)
+        for _ in range(num_tokens):
+            tokens.append(int(self.logits(tokens)[-1].argmax()))
+        return tokens[len(token_ids) :]
