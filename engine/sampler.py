@@ -12,6 +12,8 @@ from torch import Tensor
 
 from engine.request import Request
 
+_NUCLEUS = 512  # tokens that usually make up any top_p
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -78,9 +80,11 @@ def _draw(logits: Tensor, request: Request) -> int:
     ids: Tensor | None = None
     if 0 < params.top_k < len(logits):
         logits, ids = logits.topk(params.top_k)  # sorted, best first
-    elif params.top_p < 1.0:
-        logits, ids = logits.sort(descending=True, stable=True)
-    probs = (logits.double() / params.temperature).softmax(-1)
+    scaled = logits.double() / params.temperature
+    if params.top_p < 1.0 and ids is None:
+        probs, ids = _nucleus(scaled, params.top_p)
+    else:
+        probs = scaled.softmax(-1)
     if params.top_p < 1.0:
         probs = torch.where(probs.cumsum(-1) - probs < params.top_p, probs, 0.0)  # the token that crosses stays
     if params.min_p > 0.0:
@@ -90,6 +94,18 @@ def _draw(logits: Tensor, request: Request) -> int:
     at = int(torch.searchsorted(cumulative, target, right=True))
     at = min(at, int(probs.nonzero()[-1]))  # rounding at the very end
     return at if ids is None else int(ids[at])
+
+
+def _nucleus(scaled: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The largest probabilities of logits [V], best first, at least so many that they make up top_p, and their ids."""
+    total = scaled.logsumexp(-1)
+    if len(scaled) > _NUCLEUS:  # sorting all of a vocabulary costs more than a small model's step
+        values, ids = scaled.topk(_NUCLEUS)
+        probs = (values - total).exp()
+        if float(probs.sum()) > top_p:
+            return probs, ids
+    values, ids = scaled.sort(descending=True, stable=True)
+    return (values - total).exp(), ids
 
 
 def _uniform(seed: int, position: int) -> float:

@@ -20,7 +20,7 @@ def llama_moe(config: Config) -> ModelSpec:
         num_experts=num_experts(config),
         num_active=config["num_experts_per_tok"],
         intermediate_size=config["moe_intermediate_size"],
-        layers=tuple(range(fields["num_layers"])),
+        layers=tuple(i for i in range(fields["num_layers"]) if i not in config.get("dense_layers", ())),
         routing="unweighted",
         router=f"{_MLP}.router",
         router_bias=True,

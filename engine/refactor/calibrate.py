@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.refactor.corpus import Passages
 from engine.refactor.dense import DenseLayer, Rotary, attend, embed
-from engine.refactor.perplexity import refactored_ffn
+from engine.refactor.perplexity import ffn
 from engine.refactor.plan import LayerPlan, RefactorPlan, SplitSettings
 from engine.refactor.router import expert_gram, fit_router, left_out_error, router_logits
 from engine.refactor.source import DenseSource, fingerprint
@@ -37,13 +37,14 @@ def learn_plan(
     progress: Callable[[int, int], None] = lambda done, total: None,
     seed: int = 0,
 ) -> tuple[RefactorPlan, list[LayerFit]]:
-    """Split every layer of `source`. Memory: one layer, and of every token the hidden state and one layer's neurons.
+    """Split the layers of `source`, a fit for each. Memory: one layer, every token's hidden state, a layer's neurons.
 
     Each layer sees the hidden states that the already split layers before it produce, so that its router learns on
     what it will meet. Raises `ConfigError` when the neurons cannot be cut as `settings` says.
     """
     config = source.config
     settings.expert_size(config.intermediate_size)
+    split = settings.split_layers(config.num_hidden_layers)
     rotary = Rotary.build(config, max(text.tokens.shape[1] for text in texts))
     sequences = [row[None] for text in texts for row in embed(source, text.tokens)]  # each [1, T, H]
     generator = torch.Generator().manual_seed(seed)
@@ -51,12 +52,14 @@ def learn_plan(
     for index in range(config.num_hidden_layers):
         layer = DenseLayer.load(source, index)
         sequences = [attend(hidden, layer, config, rotary) for hidden in sequences]
-        plan, fit = _split_layer(sequences, layer, config.rms_norm_eps, settings, generator)
+        plan = None
+        if index in split:
+            plan, fit = _split_layer(sequences, layer, config.rms_norm_eps, settings, generator)
+            layers.append(plan)
+            fits.append(fit)
         for hidden in sequences:
             x = rms_norm(hidden, layer.post_norm, config.rms_norm_eps)
-            hidden += refactored_ffn(x, layer, plan, settings)
-        layers.append(plan)
-        fits.append(fit)
+            hidden += ffn(x, layer, plan, settings)
         progress(index + 1, config.num_hidden_layers)
     return RefactorPlan(settings=settings, source_sha256=fingerprint(source), layers=layers).rounded(), fits
 

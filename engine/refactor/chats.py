@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engine.refactor.dense import DenseLayer, Rotary
 from engine.refactor.healing import healed
-from engine.refactor.perplexity import refactored_ffn
-from engine.refactor.plan import RefactorPlan
+from engine.refactor.perplexity import ffn
+from engine.refactor.plan import RefactorPlan, SplitSettings
 from engine.refactor.source import DenseSource
 from kernels.reference import rms_norm, rope
 
@@ -22,7 +22,9 @@ class ChatWriter:
     def __init__(self, source: DenseSource, plan: RefactorPlan | None = None, max_len: int = 1024) -> None:
         self._config = source.config
         source = healed(source, plan.healing if plan is not None else None)
-        self._plan = plan
+        num_layers = self._config.num_hidden_layers
+        self._plans = [None] * num_layers if plan is None else plan.by_layer(num_layers)
+        self._settings = SplitSettings() if plan is None else plan.settings
         self._layers = [DenseLayer.load(source, i) for i in range(self._config.num_hidden_layers)]
         self._embedding = source.tensor("model.embed_tokens.weight")
         self._norm = source.tensor("model.norm.weight")
@@ -103,8 +105,5 @@ class ChatWriter:
             )
             hidden = hidden + F.linear(attended.transpose(1, 2).flatten(2), layer.o)
             x = rms_norm(hidden, layer.post_norm, config.rms_norm_eps)
-            if self._plan is None:
-                hidden = hidden + F.linear(layer.neurons(x), layer.down)
-            else:
-                hidden = hidden + refactored_ffn(x, layer, self._plan.layers[index], self._plan.settings)
+            hidden = hidden + ffn(x, layer, self._plans[index], self._settings)
         return F.linear(rms_norm(hidden[:, -1], self._norm, config.rms_norm_eps), self._head)

@@ -80,7 +80,7 @@ def refactor(
     return RefactorReport(
         out=out,
         perplexities=measured,
-        active_share=settings.active_share(opened.config.intermediate_size),
+        active_share=settings.active_share(opened.config),
         seconds=time.monotonic() - start,
     )
 

@@ -31,11 +31,14 @@ class Perplexity:
         return self.refactored / self.dense
 
 
-def refactored_ffn(x: Tensor, layer: DenseLayer, plan: LayerPlan, settings: SplitSettings) -> Tensor:
+def ffn(x: Tensor, layer: DenseLayer, plan: LayerPlan | None, settings: SplitSettings) -> Tensor:
     """Normed input [..., H] -> output of the shared expert plus the chosen ones [..., H], computed with dense weights.
 
-    Neurons of experts that are not chosen are zeroed: the same sum as the MoE's, in another order.
+    Neurons of experts that are not chosen are zeroed: the same sum as the MoE's, in another order. Without a plan the
+    layer is dense.
     """
+    if plan is None:
+        return F.linear(layer.neurons(x), layer.down)
     logits = F.linear(x, plan.router_weight, plan.router_bias)
     chosen = torch.zeros_like(logits).scatter_(-1, logits.topk(settings.num_active, dim=-1).indices, 1.0)
     routed = plan.permutation[settings.shared_size :]
@@ -57,18 +60,18 @@ def perplexities(
     split = healed(source, plan.healing)
     dense = [embed(source, text.tokens) for text in texts]
     refactored = [hidden.clone() for hidden in dense]
-    for index, layer_plan in enumerate(plan.layers):
+    for index, layer_plan in enumerate(plan.by_layer(config.num_hidden_layers)):
         layer = DenseLayer.load(source, index)
         for hidden in (row[None] for text in dense for row in text):
             hidden.copy_(attend(hidden, layer, config, rotary))
             x = rms_norm(hidden, layer.post_norm, config.rms_norm_eps)
-            hidden += F.linear(layer.neurons(x), layer.down)
+            hidden += ffn(x, layer, None, plan.settings)
         layer = DenseLayer.load(split, index)
         for hidden in (row[None] for text in refactored for row in text):
             hidden.copy_(attend(hidden, layer, config, rotary))
             x = rms_norm(hidden, layer.post_norm, config.rms_norm_eps)
-            hidden += refactored_ffn(x, layer, layer_plan, plan.settings)
-        progress(index + 1, len(plan.layers))
+            hidden += ffn(x, layer, layer_plan, plan.settings)
+        progress(index + 1, config.num_hidden_layers)
     return [
         Perplexity(text.name, _perplexity(source, a, text), _perplexity(split, b, text))
         for text, a, b in zip(texts, dense, refactored, strict=True)

@@ -23,11 +23,15 @@ _FORMAT = "foregate-refactor-plan-2"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitSettings:
-    """How every FFN is cut: `shared_size` neurons always on, the rest in `num_experts` equal experts, some active."""
+    """How FFNs are cut: `shared_size` neurons always on, the rest in `num_experts` equal experts, some active.
+
+    Those of `dense_layers` stay whole: where leaving neurons out costs most, a budget is better spent on all of them.
+    """
 
     num_experts: int = 16
     shared_size: int = 512
     num_active: int = 12
+    dense_layers: tuple[int, ...] = ()
 
     def expert_size(self, intermediate_size: int) -> int:
         """Neurons per expert. Raises `ConfigError` when the neurons cannot be cut that way."""
@@ -42,15 +46,24 @@ class SplitSettings:
             raise ConfigError(f"num_active must be 1..{self.num_experts}, got {self.num_active}")
         return routed // self.num_experts
 
-    def active_share(self, intermediate_size: int) -> float:
-        """Share of the FFN's neurons that one token uses."""
-        active = self.shared_size + self.num_active * self.expert_size(intermediate_size)
-        return active / intermediate_size
+    def split_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers that have experts. Raises `ConfigError` when there are none, or `dense_layers` names another."""
+        split = tuple(layer for layer in range(num_layers) if layer not in self.dense_layers)
+        if not split or any(not 0 <= layer < num_layers for layer in self.dense_layers):
+            raise ConfigError(f"dense_layers must leave some of the layers 0..{num_layers - 1}: {self.dense_layers}")
+        return split
+
+    def active_share(self, config: LlamaConfig) -> float:
+        """Share of the neurons of all FFNs that one token uses."""
+        size = config.intermediate_size
+        num_split = len(self.split_layers(config.num_hidden_layers))
+        left_out = (self.num_experts - self.num_active) * self.expert_size(size)
+        return 1 - num_split * left_out / (config.num_hidden_layers * size)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One layer: neuron order [I] int64 (shared ones first, then expert after expert) and the router, float32."""
+    """One split layer: neuron order [I] int64 (shared ones first, then expert after expert) and router, float32."""
 
     permutation: Tensor
     router_weight: Tensor  # [E, H]
@@ -74,16 +87,17 @@ class RefactorPlan:
 
     settings: SplitSettings
     source_sha256: str
-    layers: list[LayerPlan]
+    layers: list[LayerPlan]  # of the layers that are split, in order
     healing: Healing | None = None
     pregate: PregatePlan | None = None
 
     def check(self, config: LlamaConfig) -> None:
         """Raises `CheckpointError` unless the plan has the model's shape and its permutations are permutations."""
         size = config.intermediate_size
-        if len(self.layers) != config.num_hidden_layers:
-            raise CheckpointError(f"the plan has {len(self.layers)} layers, the model {config.num_hidden_layers}")
-        for index, layer in enumerate(self.layers):
+        split = self.settings.split_layers(config.num_hidden_layers)
+        if len(self.layers) != len(split):
+            raise CheckpointError(f"the plan has {len(self.layers)} split layers, the model {len(split)}")
+        for index, layer in zip(split, self.layers, strict=True):
             if not torch.equal(layer.permutation.sort().values, torch.arange(size)):
                 raise CheckpointError(f"the plan's layer {index} is not a permutation of the model's {size} neurons")
             if layer.router_weight.shape != (self.settings.num_experts, config.hidden_size):
@@ -92,6 +106,11 @@ class RefactorPlan:
                 raise CheckpointError(f"the plan's layer {index} has a bias of shape {layer.router_bias.shape}")
         if self.healing is not None:
             self.healing.check(config)
+
+    def by_layer(self, num_layers: int) -> list[LayerPlan | None]:
+        """A `LayerPlan`, or None where the layer is dense, for each of the model's layers."""
+        layers = iter(self.layers)
+        return [None if i in self.settings.dense_layers else next(layers) for i in range(num_layers)]
 
     def rounded(self) -> RefactorPlan:
         """As its file keeps it: router weights have passed through float16."""
@@ -149,8 +168,9 @@ class RefactorPlan:
             names = [name for name in tensors if name.startswith("pregate.")]
             parameters = {name.removeprefix("pregate."): tensors[name] for name in names}
             pregate = PregatePlan(PregateSpec(**about["pregate"]), parameters)
+        settings = about["settings"] | {"dense_layers": tuple(about["settings"]["dense_layers"])}
         return cls(
-            settings=SplitSettings(**about["settings"]),
+            settings=SplitSettings(**settings),
             source_sha256=about["source_sha256"],
             layers=layers,
             healing=Healing.of_tensors(tensors),

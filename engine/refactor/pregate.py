@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ class PregateModel(nn.Module):
     Parameters have the names that a checkpoint has under `model.pregate.`. Attention has the model's KV heads.
     """
 
-    def __init__(self, config: LlamaConfig, spec: PregateSpec, num_experts: int) -> None:
+    def __init__(self, config: LlamaConfig, spec: PregateSpec, num_experts: int, split_layers: Sequence[int]) -> None:
         super().__init__()
         self.config, self.spec, self.num_experts = config, spec, num_experts
         inner = config.num_key_value_heads * config.head_dim
@@ -26,10 +28,10 @@ class PregateModel(nn.Module):
         self.input = nn.Linear(config.hidden_size, size, bias=False)
         self.layers = nn.ModuleList(_Block(size, inner, spec.intermediate_size) for _ in range(spec.num_layers))
         self.norm = _Norm(size)
-        self.routers = nn.ModuleList(nn.Linear(size, num_experts) for _ in range(config.num_hidden_layers))
+        self.routers = nn.ModuleDict({str(layer): nn.Linear(size, num_experts) for layer in split_layers})
 
     def forward(self, embedded: Tensor, rotary: Rotary) -> Tensor:
-        """Embeddings [B, T, H] -> router logits [B, T, L, E]."""
+        """Embeddings [B, T, H] -> router logits [B, T, L, E] of the layers that are split."""
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         num_seqs, length, hidden_size = embedded.shape
         cos, sin = rotary.cos[:length].repeat(num_seqs, 1), rotary.sin[:length].repeat(num_seqs, 1)
@@ -49,8 +51,8 @@ class PregateModel(nn.Module):
             mlp = block.mlp
             state = state + mlp["down_proj"](F.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
         state = rms_norm(state, self.norm.weight, eps)
-        weight = torch.cat([router.weight for router in self.routers])  # type: ignore[misc]
-        bias = torch.cat([router.bias for router in self.routers])  # type: ignore[misc]
+        weight = torch.cat([router.weight for router in self.routers.values()])  # type: ignore[misc]
+        bias = torch.cat([router.bias for router in self.routers.values()])  # type: ignore[misc]
         logits: Tensor = F.linear(state, weight, bias).unflatten(-1, (-1, self.num_experts))
         return logits
 

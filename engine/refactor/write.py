@@ -71,6 +71,7 @@ def moe_config(source: DenseSource, plan: RefactorPlan, dtype: str) -> dict[str,
             "moe_intermediate_size": settings.expert_size(source.config.intermediate_size),
             "num_experts": settings.num_experts,
             "num_experts_per_tok": settings.num_active,
+            "dense_layers": list(settings.dense_layers),
             "torch_dtype": dtype,
             "foregate_refactor": {"plan_sha256": plan.sha256(), "source_sha256": plan.source_sha256},
         }
@@ -85,11 +86,16 @@ def moe_tensors(
     source = healed(source, plan.healing)
     expert_size = settings.expert_size(config.intermediate_size)
     yield "model.embed_tokens.weight", source.tensor("model.embed_tokens.weight").to(dtype)
-    for index, layer in enumerate(plan.layers):
+    for index, layer in enumerate(plan.by_layer(config.num_hidden_layers)):
         prefix = f"model.layers.{index}."
         for name in ("input_layernorm", "post_attention_layernorm", *(f"self_attn.{p}_proj" for p in "qkvo")):
             yield f"{prefix}{name}.weight", source.tensor(f"{prefix}{name}.weight").to(dtype)
         gate, up, down = (source.tensor(f"{prefix}mlp.{p}_proj.weight").to(dtype) for p in ("gate", "up", "down"))
+        if layer is None:
+            for p, weight in (("gate", gate), ("up", up), ("down", down)):
+                yield f"{prefix}mlp.{p}_proj.weight", weight
+            progress("write", index + 1, config.num_hidden_layers)
+            continue
         groups = layer.permutation.split([settings.shared_size] + [expert_size] * settings.num_experts)
         for i, neurons in enumerate(groups):
             owner = f"{prefix}mlp.experts.{i - 1}." if i else f"{prefix}mlp.shared_expert."
@@ -98,7 +104,7 @@ def moe_tensors(
             yield f"{owner}down_proj.weight", down[:, neurons].contiguous()
         yield f"{prefix}mlp.router.weight", layer.router_weight.contiguous()
         yield f"{prefix}mlp.router.bias", layer.router_bias.contiguous()
-        progress("write", index + 1, len(plan.layers))
+        progress("write", index + 1, config.num_hidden_layers)
     yield "model.norm.weight", source.tensor("model.norm.weight").to(dtype)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", source.tensor("lm_head.weight").to(dtype)

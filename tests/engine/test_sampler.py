@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine import sampler
 from engine.detokenizer import Detokenizer
 from engine.request import Request
 from engine.sampler import Sampler
@@ -58,6 +59,19 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits):
     num_kept = int((probs.cumsum(-1) < 0.6).sum()) + 1
     assert set(draws(logits, top_p=0.6)) == set(ids[:num_kept].tolist())
     assert set(draws(logits, top_p=1e-6)) == {int(ids[0])}
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.1, 2.0])
+def test_the_best_of_a_large_vocabulary_are_drawn_as_if_all_were_sorted(monkeypatch, top_p: float, spread: float):
+    large = (
+        torch.randn(3000, generator=torch.Generator().manual_seed(2)) * spread
+    )  # flat: the best do not make up top_p
+    requests = [make_request(seed=seed, temperature=0.7, top_p=top_p) for seed in range(200)]
+    found = [sample_one(large, request) for request in requests]
+    monkeypatch.setattr(sampler, "_NUCLEUS", 3000)
+    assert found == [sample_one(large, request) for request in requests]
+    assert len(set(found)) > 3
 
 
 def test_min_p_keeps_what_is_near_the_best(logits):

@@ -55,9 +55,12 @@ def load_twin(path: Path, *, num_active: int | None = None) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**settings, rope_parameters=config["rope_parameters"]))
     num_active = config["num_experts_per_tok"] if num_active is None else num_active
     for index, layer in enumerate(model.model.layers):
+        if index in config["dense_layers"]:
+            continue
         layer.mlp = TwinFfn(tensors, f"model.layers.{index}.mlp.", config["num_experts"], num_active)
     layers = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.pregate.")}
-    dense = {name: tensor.float() for name, tensor in layers.items() if ".mlp." not in name}
+    whole = tuple(f"model.layers.{index}.mlp." for index in config["dense_layers"])
+    dense = {name: tensor.float() for name, tensor in layers.items() if ".mlp." not in name or name.startswith(whole)}
     if config["tie_word_embeddings"]:
         assert "lm_head.weight" not in dense
         dense["lm_head.weight"] = dense["model.embed_tokens.weight"]
@@ -78,6 +81,7 @@ class PregatedTwin:
             if name.startswith("model.pregate.")
         }
         self.eps = config["rms_norm_eps"]
+        self.split = [i for i in range(config["num_hidden_layers"]) if i not in config["dense_layers"]]
         self.gate = LlamaModel(
             LlamaConfig(
                 hidden_size=spec["hidden_size"],
@@ -98,20 +102,19 @@ class PregatedTwin:
 
     @torch.inference_mode()
     def routes(self, token_ids: list[int]) -> Tensor:
-        """Router logits [L, T, E]."""
+        """Router logits [L, T, E] of the layers that are split."""
         embedded = self.model.model.embed_tokens(torch.tensor([token_ids]))
         normed = embedded * torch.rsqrt(embedded.square().mean(-1, keepdim=True) + self.eps)
         state = self.gate(inputs_embeds=normed @ self.tensors["input.weight"].T).last_hidden_state[0]
-        layers = range(len(self.model.model.layers))
         return torch.stack(
-            [state @ self.tensors[f"routers.{i}.weight"].T + self.tensors[f"routers.{i}.bias"] for i in layers]
+            [state @ self.tensors[f"routers.{i}.weight"].T + self.tensors[f"routers.{i}.bias"] for i in self.split]
         )
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
         """[T, V] of every position."""
-        for layer, routes in zip(self.model.model.layers, self.routes(token_ids), strict=True):
-            layer.mlp.pregated = routes[None]
+        for i, routes in zip(self.split, self.routes(token_ids), strict=True):
+            self.model.model.layers[i].mlp.pregated = routes[None]
         return self.model(torch.tensor([token_ids]), use_cache=False).logits[0]
 
     def greedy(self, token_ids: list[int], num_tokens: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,16 @@ from tests.engine.tiny_models import reference_greedy, reference_logits
 SETTINGS = SplitSettings(num_experts=4, shared_size=32, num_active=3)  # 4 experts of 32 out of 160 neurons
 
 
-@pytest.fixture(params=[{}, {"tie_word_embeddings": False, "num_key_value_heads": 4}])
+@pytest.fixture(
+    params=[({}, ()), ({"tie_word_embeddings": False, "num_key_value_heads": 4}, ()), ({}, (0, 2))],
+    ids=["tied", "untied", "dense-layers"],
+)
 def refactored(request: pytest.FixtureRequest, make_llama: MakeLlama, tmp_path: Path):
-    path, dense = make_llama(intermediate_size=160, **request.param)
+    overrides, dense_layers = request.param
+    path, dense = make_llama(intermediate_size=160, **overrides)
     source = open_source(path)
-    write_checkpoint(source, random_plan(source, SETTINGS), tmp_path / "moe", dtype="float32")
+    plan = random_plan(source, replace(SETTINGS, dense_layers=dense_layers))
+    write_checkpoint(source, plan, tmp_path / "moe", dtype="float32")
     prompt = random.Random(0).choices(range(source.config.vocab_size), k=60)
     return tmp_path / "moe", dense, prompt
 

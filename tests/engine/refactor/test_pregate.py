@@ -23,13 +23,13 @@ from tests.engine.refactor.test_write import random_plan
 from tests.engine.test_models import all_logits
 from tests.engine.tiny_models import reference_logits
 
-SETTINGS = SplitSettings(num_experts=4, shared_size=32, num_active=2)
+SETTINGS = SplitSettings(num_experts=4, shared_size=32, num_active=2, dense_layers=(1,))
 SPEC = PregateSpec(hidden_size=32, num_layers=2, intermediate_size=48)
 
 
 def pregated_plan(source: DenseSource) -> RefactorPlan:
     torch.manual_seed(4)
-    model = PregateModel(source.config, SPEC, SETTINGS.num_experts)
+    model = PregateModel(source.config, SPEC, SETTINGS.num_experts, (0, 2))
     parameters = {name: (torch.randn_like(p) * 0.3).half() for name, p in model.named_parameters()}
     return replace(random_plan(source, SETTINGS), pregate=PregatePlan(SPEC, parameters))
 
@@ -71,7 +71,7 @@ def test_greedy_tokens_equal_those_of_the_twin_and_do_not_depend_on_the_batch(pr
 
 def test_what_is_learned_computes_what_is_served(pregated):
     path, source, plan, prompt = pregated
-    model = PregateModel(source.config, SPEC, SETTINGS.num_experts)
+    model = PregateModel(source.config, SPEC, SETTINGS.num_experts, (0, 2))
     model.load_state_dict({name: tensor.float() for name, tensor in plan.pregate.parameters.items()})
     with torch.inference_mode():
         logits = model(embed(source, torch.tensor([prompt])), Rotary.build(source.config, len(prompt)))[0]

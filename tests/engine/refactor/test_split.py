@@ -6,7 +6,9 @@ from scipy.optimize import linear_sum_assignment
 
 from engine.errors import ConfigError
 from engine.refactor.plan import SplitSettings
+from engine.refactor.source import open_source
 from engine.refactor.split import _assign_equally, balanced_clusters, contributions, split_neurons
+from tests.engine.refactor.conftest import MakeLlama
 
 SETTINGS = SplitSettings(num_experts=4, shared_size=8, num_active=3)
 
@@ -80,5 +82,13 @@ def test_a_cut_that_does_not_come_out_even_is_refused(settings: SplitSettings) -
         settings.expert_size(40)
 
 
-def test_the_active_share_counts_shared_and_chosen_neurons() -> None:
-    assert SplitSettings().active_share(1536) == pytest.approx((512 + 12 * 64) / 1536)
+def test_the_active_share_counts_shared_and_chosen_neurons_and_dense_layers(make_llama: MakeLlama) -> None:
+    config = open_source(make_llama(intermediate_size=1536)[0]).config  # three layers
+    assert SplitSettings().active_share(config) == pytest.approx((512 + 12 * 64) / 1536)
+    assert SplitSettings(dense_layers=(0,)).active_share(config) == pytest.approx((1536 + 2 * (512 + 12 * 64)) / 4608)
+
+
+@pytest.mark.parametrize("dense_layers", [(0, 1, 2), (3,), (-1,)])
+def test_dense_layers_must_exist_and_leave_some_to_split(dense_layers: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"must leave some of the layers 0\.\.2"):
+        SplitSettings(dense_layers=dense_layers).split_layers(3)

@@ -27,7 +27,7 @@ def random_plan(source: DenseSource, settings: SplitSettings = SETTINGS) -> Refa
             torch.randn(settings.num_experts, config.hidden_size, generator=generator),
             torch.randn(settings.num_experts, generator=generator),
         )
-        for _ in range(config.num_hidden_layers)
+        for _ in settings.split_layers(config.num_hidden_layers)
     ]
     return RefactorPlan(settings=settings, source_sha256=fingerprint(source), layers=layers).rounded()
 
@@ -159,7 +159,7 @@ def test_a_plan_of_another_model_is_refused_and_nothing_is_written(make_llama: M
     plan = random_plan(open_source(path))
     with pytest.raises(CheckpointError, match="learned from another checkpoint"):
         write_checkpoint(open_source(other), plan, tmp_path / "moe")
-    with pytest.raises(CheckpointError, match="3 layers, the model 4"):
+    with pytest.raises(CheckpointError, match="3 split layers, the model 4"):
         write_checkpoint(open_source(deeper), plan, tmp_path / "moe")
     twice = LayerPlan(plan.layers[0].permutation.clamp(max=90), *[torch.zeros(4, 32), torch.zeros(4)])
     broken = RefactorPlan(settings=SETTINGS, source_sha256="", layers=[twice] * 3)
