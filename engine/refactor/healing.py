@@ -33,18 +33,21 @@ def product_sizes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Healing:
-    """What is added to each layer's products, b @ a, and the norms that replace the dense model's.
+    """What is added to the products of n layers, b @ a, and the norms that replace the dense model's there.
 
     Values have passed through float16, so that b @ a is exact in float64: the same bits on any machine.
     """
 
-    factors: dict[str, tuple[Tensor, Tensor]]  # of PRODUCTS: a [L, r, inputs], b [L, outputs, r], float16
-    norms: dict[str, Tensor]  # of NORMS: float16 [L, H]
+    layers: tuple[int, ...]
+    factors: dict[str, tuple[Tensor, Tensor]]  # of PRODUCTS: a [n, r, inputs], b [n, outputs, r], float16
+    norms: dict[str, Tensor]  # of NORMS: float16 [n, H]
     final_norm: Tensor  # float16 [H]
 
     def check(self, config: LlamaConfig) -> None:
         """Raises `CheckpointError` unless it has the model's shape."""
-        layers, hidden_size = config.num_hidden_layers, config.hidden_size
+        layers, hidden_size = len(self.layers), config.hidden_size
+        if list(self.layers) != sorted(set(self.layers) & set(range(config.num_hidden_layers))):
+            raise CheckpointError(f"the plan's healing is of layers that the model has not: {self.layers}")
         for name, (outputs, inputs) in product_sizes(config).items():
             a, b = self.factors[name]
             rank = a.shape[1]
@@ -55,7 +58,7 @@ class Healing:
 
     def delta(self, layer: int, product: str) -> Tensor:
         """What is added to that product's weight, float64 [outputs, inputs]."""
-        a, b = (factor[layer].double() for factor in self.factors[product])
+        a, b = (factor[self.layers.index(layer)].double() for factor in self.factors[product])
         if float((b.abs() @ a.abs()).max()) >= _EXACT_BOUND:
             raise CheckpointError(f"the plan's healing of {product} in layer {layer} is out of bounds")
         return b @ a
@@ -65,9 +68,8 @@ class Healing:
         named = {
             f"healing.{name}.{x}": f for name, pair in self.factors.items() for x, f in zip("ab", pair, strict=True)
         }
-        return (
-            named | {f"healing.{name}": norm for name, norm in self.norms.items()} | {"healing.norm": self.final_norm}
-        )
+        named |= {f"healing.{name}": norm for name, norm in self.norms.items()}
+        return named | {"healing.layers": torch.tensor(self.layers), "healing.norm": self.final_norm}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> Healing | None:
@@ -75,7 +77,8 @@ class Healing:
         if "healing.norm" not in tensors:
             return None
         factors = {name: (tensors[f"healing.{name}.a"], tensors[f"healing.{name}.b"]) for name in PRODUCTS}
-        return cls(factors, {name: tensors[f"healing.{name}"] for name in NORMS}, tensors["healing.norm"])
+        layers = tuple(tensors["healing.layers"].tolist())
+        return cls(layers, factors, {name: tensors[f"healing.{name}"] for name in NORMS}, tensors["healing.norm"])
 
 
 class HealedSource:
@@ -106,11 +109,11 @@ class HealedSource:
         if name == "model.norm.weight":
             return self._healing.final_norm.float()
         match = _LAYER.fullmatch(name)
-        if match is None:
+        if match is None or int(match[1]) not in self._healing.layers:
             return self._source.tensor(name)
         layer, part = int(match[1]), match[2]
         if part in NORMS:
-            return self._healing.norms[part][layer].float()
+            return self._healing.norms[part][self._healing.layers.index(layer)].float()
         if part not in self._rows:
             return self._source.tensor(name)
         product, begin, end = self._rows[part]

@@ -25,13 +25,13 @@ def random_healing(config: LlamaConfig, rank: int = 3, scale: float = 0.1) -> He
     def values(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * scale).half()
 
-    layers = config.num_hidden_layers
+    layers = tuple(range(1, config.num_hidden_layers))
     factors = {
-        name: (values(layers, rank, inputs), values(layers, outputs, rank))
+        name: (values(len(layers), rank, inputs), values(len(layers), outputs, rank))
         for name, (outputs, inputs) in product_sizes(config).items()
     }
-    norms = {name: values(layers, config.hidden_size) for name in NORMS}
-    return Healing(factors, norms, values(config.hidden_size))
+    norms = {name: values(len(layers), config.hidden_size) for name in NORMS}
+    return Healing(layers, factors, norms, values(config.hidden_size))
 
 
 def test_each_weight_is_the_dense_one_plus_its_rows_of_the_product(make_llama: MakeLlama):
@@ -42,15 +42,19 @@ def test_each_weight_is_the_dense_one_plus_its_rows_of_the_product(make_llama: M
     state = dense.state_dict()
     rows = {"gate_up": ["mlp.gate_proj", "mlp.up_proj"], "o": ["self_attn.o_proj"], "down": ["mlp.down_proj"]}
     rows["qkv"] = [f"self_attn.{p}_proj" for p in "qkv"]
-    for layer in range(source.config.num_hidden_layers):
+    for layer in (1, 2):
         for product, names in rows.items():
             a, b = healing.factors[product]
             parts = [f"model.layers.{layer}.{name}.weight" for name in names]
             found = torch.cat([healed.tensor(name) for name in parts])
-            expected = torch.cat([state[name] for name in parts]) + (b[layer].double() @ a[layer].double())
+            expected = torch.cat([state[name] for name in parts]) + (b[layer - 1].double() @ a[layer - 1].double())
             assert (found - torch.cat([state[name] for name in parts])).abs().max() > 0.01
             torch.testing.assert_close(found, expected.float(), atol=0, rtol=0)
     assert torch.equal(healed.tensor("model.norm.weight"), healing.final_norm.float())
+    norm = "model.layers.{}.input_layernorm.weight"
+    assert torch.equal(healed.tensor(norm.format(2)), healing.norms["input_layernorm"][1].float())
+    for name in (norm.format(0), "model.layers.0.mlp.up_proj.weight"):  # layer 0 is not healed
+        assert torch.equal(healed.tensor(name), state[name])
     assert torch.equal(healed.tensor("model.embed_tokens.weight"), state["model.embed_tokens.weight"])
 
 
@@ -62,13 +66,13 @@ def test_the_sum_is_exact_so_that_its_order_does_not_matter(make_llama: MakeLlam
     total = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64)
     for r in order:
         total = total + b[:, r : r + 1] * a[r]
-    assert torch.equal(total, healing.delta(0, "down"))
+    assert torch.equal(total, healing.delta(1, "down"))
 
 
 def test_healing_too_large_to_be_exact_is_refused(make_llama: MakeLlama):
     source = open_source(make_llama()[0])
     with pytest.raises(CheckpointError, match="out of bounds"):
-        random_healing(source.config, scale=3.0).delta(0, "o")
+        random_healing(source.config, scale=3.0).delta(1, "o")
 
 
 def test_a_plan_keeps_its_healing_and_the_written_checkpoint_has_it(make_llama: MakeLlama, tmp_path: Path):
