@@ -103,10 +103,14 @@ class Student:
             "norms": [t for layer in layers for t in layer.norms] + [self.norm],
         }
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, T] -> embeddings [B, T, H] in float32, from bf16."""
+        return F.embedding(tokens, self._embedding).float()
+
     @torch.no_grad()
     def prefix(self, tokens: Tensor) -> Tensor:
         """Token ids [B, T] -> hidden states [B, T, H] before the first split layer."""
-        hidden = F.embedding(tokens, self._embedding).float()
+        hidden = self.embed(tokens)
         for layer in self.layers[: self.first_split]:
             hidden = self._run_dense(layer, hidden)
         return hidden
@@ -280,15 +284,15 @@ def _attend(
     return hidden + _linear(attended.transpose(1, 2).flatten(2), weights[1], factors[2:4]).float()
 
 
-def _choose(logits: Tensor, num_active: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+def choose(logits: Tensor, num_active: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Router logits [B, T, E] -> 0 or 1 with the slope of a sigmoid at the threshold, the same without, the sigmoid."""
     ranked = logits.sort(-1, descending=True).values
     index = num_active.expand(logits.shape[:-1])[..., None]
     last = ranked.gather(-1, index - 1)
-    next_ = ranked.gather(-1, index.clamp(max=geometry.num_experts - 1))
+    next_ = ranked.gather(-1, index.clamp(max=logits.shape[-1] - 1))
     threshold = ((last + next_) / 2).detach()
     chosen = (logits >= last).float()
-    slope = torch.sigmoid((logits - threshold) / geometry.temperature)
+    slope = torch.sigmoid((logits - threshold) / temperature)
     return chosen + slope - slope.detach(), chosen, slope
 
 
@@ -309,7 +313,7 @@ def _split_layer(
     x = _norm(hidden, norms[1], geometry.eps)
     logits = F.linear(x, *router)
     if mask is None:
-        mask, chosen, slope = _choose(logits, num_active, geometry)
+        mask, chosen, slope = choose(logits, num_active, geometry.temperature)
         unevenness = (chosen.mean((0, 1)) * slope.mean((0, 1))).sum() * geometry.num_experts / num_active**2
     else:
         chosen, unevenness = mask, logits.new_zeros(())
