@@ -29,12 +29,12 @@ Progress = Callable[[int, int, float], None]  # steps done, steps in all, the di
 class DistilSettings:
     """How long and how fast to learn."""
 
-    num_tokens: int = 800_000
+    num_tokens: int = 2_000_000
     batch_size: int = 8  # sequences
     rank: int = 12  # of the changes to each product
-    factor_rate: float = 1e-3
-    router_rate: float = 1e-3
-    norm_rate: float = 2e-4
+    factor_rate: float = 4e-4
+    router_rate: float = 4e-4
+    norm_rate: float = 4e-4
     warm_up: int = 10  # steps
     temperature: float = 0.3  # of the routers' slope, in units of their logits
     balance: float = 0.01  # weight of the experts' unevenness over the batch: whole texts may prefer some

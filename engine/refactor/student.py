@@ -20,6 +20,7 @@ from engine.refactor.plan import LayerPlan, RefactorPlan
 from engine.refactor.source import DenseSource
 
 _MASKED = -1e30
+_FAR = 1e-6  # how much an expert far from the threshold moves it
 _CHUNK = 512  # rows whose logits are in memory at once
 
 
@@ -285,14 +286,23 @@ def _attend(
 
 
 def choose(logits: Tensor, num_active: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Router logits [B, T, E] -> 0 or 1 with the slope of a sigmoid at the threshold, the same without, the sigmoid."""
+    """Router logits [B, T, E] -> 0 or 1 with the slope of a sigmoid at the threshold, the same without, the sigmoid.
+
+    The threshold moves with the logits so that as many stay above it. Were it held still, every expert would be worth
+    choosing, all logits would only rise together, and the optimiser would make that common drift its main direction.
+    """
     ranked = logits.sort(-1, descending=True).values
     index = num_active.expand(logits.shape[:-1])[..., None]
     last = ranked.gather(-1, index - 1)
     next_ = ranked.gather(-1, index.clamp(max=logits.shape[-1] - 1))
     threshold = ((last + next_) / 2).detach()
     chosen = (logits >= last).float()
-    slope = torch.sigmoid((logits - threshold) / temperature)
+    with torch.no_grad():
+        near = torch.sigmoid((logits - threshold) / temperature)
+        near = near * (1 - near) + _FAR
+        near = near / near.sum(-1, keepdim=True)
+    middle = (near * logits).sum(-1, keepdim=True)
+    slope = torch.sigmoid((logits - middle + (middle - threshold).detach()) / temperature)
     return chosen + slope - slope.detach(), chosen, slope
 
 

@@ -16,7 +16,7 @@ from engine.refactor.healing import healed
 from engine.refactor.perplexity import perplexities
 from engine.refactor.plan import LayerPlan, RefactorPlan, SplitSettings
 from engine.refactor.source import DenseSource, open_source
-from engine.refactor.student import Routes, Student
+from engine.refactor.student import Routes, Student, choose
 from tests.engine.refactor.conftest import MakeLlama
 from tests.engine.refactor.test_write import random_plan
 
@@ -147,3 +147,16 @@ def test_a_mask_takes_the_routers_place_and_its_gradient_is_what_an_expert_is_wo
     torch.testing.assert_close(states.detach(), student.teach(hidden), atol=0.15, rtol=0.05)
     states.square().sum().backward()
     assert all(mask.grad is not None and mask.grad.abs().min() >= 0 and mask.grad.any() for mask in all_on)
+
+
+def test_a_choice_has_its_slope_and_no_drift_that_all_experts_share():
+    logits = torch.tensor([[0.3, -1.0, 0.9, 0.25, 2.0]], requires_grad=True)
+    mask, chosen, _ = choose(logits, torch.tensor(2), 0.5)
+    assert torch.equal(mask.round(), torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0]]))
+    assert torch.equal(mask.detach().round(), chosen)
+    worth = torch.tensor([[1.0, 1.0, 1.0, 2.0, 1.0]])  # all are worth choosing, the fourth most
+    (mask * worth).sum().backward()
+    assert logits.grad is not None
+    assert abs(float(logits.grad.sum())) < 1e-6
+    assert float(logits.grad[0, 3]) == logits.grad.max()
+    assert (logits.grad[0, [0, 1, 2, 4]] < 0).all()
