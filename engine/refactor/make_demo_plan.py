@@ -4,102 +4,158 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from engine.refactor import corpus
+from engine.refactor import corpus, demo_corpus
 from engine.refactor.calibrate import learn_plan
-from engine.refactor.chats import ChatWriter
 from engine.refactor.corpus import Passages
 from engine.refactor.demo import PROMPTS_PATH, DemoModel
+from engine.refactor.demo_chats import Chats, write_chats
+from engine.refactor.distil import DistilSettings, Text, distil
+from engine.refactor.learn_pregate import PregateSettings, learn_pregate
 from engine.refactor.perplexity import perplexities
-from engine.refactor.plan import SplitSettings
+from engine.refactor.plan import RefactorPlan, SplitSettings
 from engine.refactor.source import DenseSource, open_source
 
-Answers = list[list[int]]  # token ids, prompt by prompt
+_log = logging.getLogger(__name__)
 
-SEQUENCE_LENGTH = 512
-NUM_CHAT_SEQS = 64
-NUM_PROSE_SEQS = 32
-NUM_HELD_OUT_SEQS = 16
-ANSWER_LENGTH = 192  # tokens
-TEMPERATURES = (0.0, 0.8)  # each prompt is answered once at each; greedy first, which is also what is judged
+SEQUENCE_LENGTH = 256
+SETTINGS = SplitSettings(  # docs/refactor.md says why
+    num_experts=32, shared_size=512, num_active=14, dense_layers=(*range(9), 29)
+)
+CHAT_SHARE = 1.7  # of the chats in distillation; each domain's is 1
+NUM_DOMAIN_SEQS = 7000  # at most, of each domain, to learn from
+NUM_CALIBRATION_SEQS = 28  # of each domain and of the chats, for the split
+NUM_HELD_OUT_SEQS = 32  # of each domain
 SEED = 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=f"{__doc__} Takes about half an hour on two idle cores.")
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__} Takes some hours on two idle cores, and a Debian. Stopped, it goes on where it was."
+    )
+    parser.add_argument("--work", type=Path, required=True, help="directory for what each stage leaves to the next")
     parser.add_argument("--out", type=Path, default=DemoModel().plan_path, help="where to write the plan")
-    parser.add_argument(
-        "--chats", type=Path, help="keep the answers in this file, and do not write them anew if it exists"
-    )
+    parser.add_argument("--distil-tokens", type=int, default=DistilSettings().num_tokens)
+    parser.add_argument("--pregate-tokens", type=int, default=PregateSettings().num_distil_tokens)
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    arguments.work.mkdir(parents=True, exist_ok=True)
     with DemoModel().dense() as path:
-        source = open_source(path)
-        tokenizer = corpus.load_tokenizer(source)
-        prompts = corpus.chat_prompts(PROMPTS_PATH.read_text(encoding="utf-8").splitlines(), tokenizer)
-        answers = _answers(source, prompts, arguments.chats)
-        learned_from, judged_on = demo_texts(tokenizer, prompts, answers)
-        plan, fits = learn_plan(source, learned_from, SplitSettings(), _reporter("layers split"), SEED)
-        arguments.out.write_bytes(plan.to_bytes())
-        for index, fit in enumerate(fits):
-            _say(f"layer {index}: error {fit.router:.5f} (oracle {fit.oracle:.5f}, random {fit.random:.5f})")
-        for result in perplexities(source, plan, judged_on, _reporter("layers measured")):
-            _say(f"{result.name}: {result.dense:.3f} -> {result.refactored:.3f} ({result.ratio:.3f}x)")
-
-
-def _answers(source: DenseSource, prompts: list[list[int]], kept: Path | None) -> list[Answers]:
-    """One answer to each prompt at each of `TEMPERATURES`."""
-    if kept is not None and kept.is_file():
-        read: list[Answers] = json.loads(kept.read_text(encoding="utf-8"))
-        return read
-    writer = ChatWriter(source)
-    answers = [
-        writer.write(prompts, ANSWER_LENGTH, temperature=t, seed=SEED, progress=_reporter(f"answers at {t}"))
-        for t in TEMPERATURES
-    ]
-    if kept is not None:
-        kept.write_text(json.dumps(answers), encoding="utf-8")
-    return answers
-
-
-def demo_texts(
-    tokenizer: Any, prompts: list[list[int]], answers: list[Answers]
-) -> tuple[list[Passages], list[Passages]]:
-    """What the demo's plan is learned from, and what it is judged on: the model's own chats, and prose."""
-    documents = corpus.python_topics()
-    learned = [i for i in range(len(prompts)) if not corpus.held_out(i)]
-    held = [i for i in range(len(prompts)) if corpus.held_out(i)]
-    newline = tokenizer.encode("\n", add_special_tokens=False)  # the chat template puts one between turns
-    chats = [prompts[i] + some[i] + newline for some in answers for i in learned]
-    prose, held_prose = (
-        corpus.prose(
-            "prose", [t for i, t in enumerate(documents) if corpus.held_out(i) == held_out], tokenizer, SEQUENCE_LENGTH
+        make_plan(
+            open_source(path),
+            arguments.work,
+            arguments.out,
+            DistilSettings(num_tokens=arguments.distil_tokens, seed=SEED),
+            PregateSettings(num_distil_tokens=arguments.pregate_tokens, seed=SEED),
         )
-        for held_out in (False, True)
-    )
-    return (
-        [
-            corpus.packed("chats", chats, SEQUENCE_LENGTH).sample(NUM_CHAT_SEQS, SEED),
-            prose.sample(NUM_PROSE_SEQS, SEED),
-        ],
-        [
-            corpus.chats("own chats", [prompts[i] for i in held], [answers[0][i] for i in held]),
-            held_prose.sample(NUM_HELD_OUT_SEQS, SEED),
-        ],
-    )
+
+
+def make_plan(
+    source: DenseSource, work: Path, out: Path, distil_settings: DistilSettings, pregate_settings: PregateSettings
+) -> None:
+    """Every stage, each kept in `work`: packages, chats, split, distilled plan, pre-gate."""
+    demo_corpus.fetch_packages(work / "packages")
+    learned_chats, held_chats = _chats(source, work / "chats.json")
+    tokenizer = corpus.load_tokenizer(source)
+    texts = _learned_texts(tokenizer, demo_corpus.documents(work / "packages", held_out=False), learned_chats)
+    judged = _judged_texts(tokenizer, demo_corpus.documents(work / "packages", held_out=True), held_chats)
+
+    def split() -> RefactorPlan:
+        samples = [text.passages.sample(NUM_CALIBRATION_SEQS, SEED) for text in texts]
+        return learn_plan(source, samples, SETTINGS, _reporter("layers split"), SEED)[0]
+
+    def heal() -> RefactorPlan:
+        return distil(
+            source,
+            plan,
+            texts,
+            distil_settings,
+            state=work / "distil.state",
+            progress=_losses("steps distilled"),
+        )
+
+    def pregate() -> RefactorPlan:
+        learned = learn_pregate(source, plan, texts, pregate_settings, progress=_pregate_losses())
+        return replace(plan, pregate=learned)
+
+    for name, stage in (("split", split), ("distilled", heal), ("pregated", pregate)):
+        plan = _kept(work / f"{name}.safetensors", stage)
+        if name != "pregated":
+            report(source, plan, judged)
+    out.write_bytes(plan.to_bytes())
+
+
+def report(source: DenseSource, plan: RefactorPlan, judged: Sequence[Passages]) -> None:
+    """Log the perplexities of the plan beside the dense model's."""
+    for result in perplexities(source, plan, list(judged), _reporter("layers measured")):
+        _log.info("%s: %.3f -> %.3f (%.3fx)", result.name, result.dense, result.refactored, result.ratio)
+
+
+def _kept(path: Path, make: Callable[[], RefactorPlan]) -> RefactorPlan:
+    if not path.exists():
+        path.write_bytes(make().to_bytes())
+    return RefactorPlan.load(path)
+
+
+def _chats(source: DenseSource, path: Path) -> tuple[Chats, Chats]:
+    if not path.exists():
+        prompts = PROMPTS_PATH.read_text(encoding="utf-8").splitlines()
+        written = write_chats(source, prompts, seed=SEED, progress=lambda what, *n: _reporter(what)(*n))
+        path.write_text(json.dumps([asdict(chats) for chats in written]), encoding="utf-8")
+    learned, held = (Chats(**chats) for chats in json.loads(path.read_text(encoding="utf-8")))
+    return learned, held
+
+
+def _learned_texts(tokenizer: Any, documents: dict[str, list[str]], chats: Chats) -> list[Text]:
+    newline = tokenizer.encode("\n", add_special_tokens=False)  # the chat template puts one between turns
+    texts = [
+        Text(corpus.prose(name, pieces, tokenizer, SEQUENCE_LENGTH).sample(NUM_DOMAIN_SEQS, SEED))
+        for name, pieces in documents.items()
+    ]
+    turns = [[*prompt, *answer, *newline] for prompt, answer in zip(chats.prompts, chats.answers, strict=True)]
+    return [*texts, Text(corpus.packed("chats", turns, SEQUENCE_LENGTH), CHAT_SHARE)]
+
+
+def _judged_texts(tokenizer: Any, documents: dict[str, list[str]], chats: Chats) -> list[Passages]:
+    texts = [
+        corpus.prose(name, pieces, tokenizer, SEQUENCE_LENGTH).sample(NUM_HELD_OUT_SEQS, SEED)
+        for name, pieces in documents.items()
+    ]
+    return [*texts, corpus.chats("own chats", chats.prompts, chats.answers)]
 
 
 def _reporter(what: str) -> Callable[[int, int], None]:
+    return lambda done, total: _log.info("%s: %d of %d", what, done, total) if _is_told(done, total) else None
+
+
+def _losses(what: str) -> Callable[[int, int, float], None]:
     start = time.monotonic()
-    return lambda done, total: _say(f"{what}: {done} of {total} ({time.monotonic() - start:.0f} s)")
+
+    def tell(done: int, total: int, loss: float) -> None:
+        if _is_told(done, total):
+            _log.info("%s: %d of %d, divergence %.4f (%.0f s)", what, done, total, loss, time.monotonic() - start)
+
+    return tell
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)  # noqa: T201 (a script's face)
+def _pregate_losses() -> Callable[[str, int, int, float], None]:
+    def tell(what: str, done: int, total: int, loss: float) -> None:
+        if _is_told(done, total):
+            _log.info("%s: %d of %d%s", what, done, total, "" if math.isnan(loss) else f", loss {loss:.4f}")
+
+    return tell
+
+
+def _is_told(done: int, total: int) -> bool:
+    return done == total or done % max(1, total // 50) == 0
 
 
 if __name__ == "__main__":
