@@ -241,9 +241,19 @@ def refactor(
     num_experts: Annotated[int, typer.Option(min=1, help="Routed experts in each layer.")] = 16,
     shared_size: Annotated[int, typer.Option(min=1, help="Neurons of the expert that is always on.")] = 512,
     num_active: Annotated[int, typer.Option(min=1, help="Routed experts that each token uses.")] = 12,
+    dense_layers: Annotated[str, typer.Option(help="Layers that stay whole, like 0-8,29.")] = "",
+    distil_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens to distil on after the split, a million in an hour for a small model.")
+    ] = 0,
+    rank: Annotated[int, typer.Option(min=1, help="Of the changes to each weight that distillation makes.")] = 12,
+    state: Annotated[
+        Path | None, typer.Option(help="File that distillation is kept in; given again, it goes on from there.")
+    ] = None,
     calibration: Annotated[
         list[Path] | None,
-        typer.Option(help="Text to learn from; may be given several times [default: Python's help texts]"),
+        typer.Option(
+            help="Text to learn from, a domain each; may be given several times [default: Python's help texts]"
+        ),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Use this plan instead of learning one.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Keep what was learned in this file.")] = None,
@@ -253,6 +263,7 @@ def refactor(
 ) -> None:
     """Split a dense model's layers into experts and write the MoE, which serves like any other."""
     start_logging(log_level)
+    from engine.refactor.command import LOCALITY_RATIO, LOCALITY_WINDOW
     from engine.refactor.command import refactor as refactor_model
     from server.progress import ProgressDisplay
 
@@ -263,6 +274,10 @@ def refactor(
             num_experts=num_experts,
             shared_size=shared_size,
             num_active=num_active,
+            dense_layers=_layers(dense_layers),
+            distil_tokens=distil_tokens,
+            rank=rank,
+            state=state,
             calibration=calibration,
             plan=plan,
             save_plan=save_plan,
@@ -275,7 +290,25 @@ def refactor(
             f"perplexity of {measured.name}: {measured.dense:.2f} dense, "
             f"{measured.refactored:.2f} refactored ({measured.ratio:.2f}x)"
         )
-    typer.echo(f"{report.out}: {report.active_share:.0%} of each layer active, made in {report.seconds:.0f} s")
+    locality = report.locality
+    srp = "" if locality.srp is None else f"SRP({LOCALITY_WINDOW}) {locality.srp:.2f}, "
+    used = locality.popularity
+    typer.echo(
+        f"routing: {srp}SCH({LOCALITY_WINDOW}, {LOCALITY_RATIO:.0f}) {locality.sch:.2f}; an expert serves "
+        f"{used.min():.0%} to {used.max():.0%} of the tokens; domains differ by {locality.specialisation:.0%}"
+    )
+    typer.echo(f"{report.out}: {report.active_share:.0%} of the FFNs active, made in {report.seconds:.0f} s")
+
+
+def _layers(text: str) -> list[int]:
+    """'0-2,7' -> [0, 1, 2, 7]. Raises `ConfigError`."""
+    layers: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        if not (first.strip().isdigit() and (last or first).strip().isdigit()):
+            raise ConfigError(f"cannot read layers {text!r}; write them like 0-8,29")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import engine.async_engine
@@ -204,14 +205,22 @@ def test_refactor_says_what_came_out(foregate: Any, tmp_path: Path, monkeypatch:
 
     def refactor(source: Path, out: Path, **options: Any) -> command.RefactorReport:
         asked.update(options, source=source, out=out)
-        measured = [Perplexity("held-out text", 10.0, 11.5)]
-        return command.RefactorReport(out=out, perplexities=measured, active_share=0.8333, seconds=61.2)
+        measured = [Perplexity("held-out text", 10.0, 11.5, [])]
+        locality = command.Locality(srp=0.7, sch=0.81, specialisation=0.12, popularity=np.array([[0.1, 0.9]]))
+        return command.RefactorReport(
+            out=out, perplexities=measured, active_share=0.8333, locality=locality, seconds=61.2
+        )
 
     monkeypatch.setattr(command, "refactor", refactor)
-    result = foregate("refactor", "dense", "moe", "--num-experts", "8", "--calibration", "a.txt", "--calibration", "b")
+    result = foregate("refactor", "dense", "moe", "--num-experts", "8", "--calibration", "a.txt", "--calibration", "b",
+                      "--dense-layers", "0-2,7", "--distil-tokens", "1000", "--state", "s")  # fmt: skip
     assert result.out.splitlines() == [
         "perplexity of held-out text: 10.00 dense, 11.50 refactored (1.15x)",
-        "moe: 83% of each layer active, made in 61 s",
+        "routing: SRP(16) 0.70, SCH(16, 2) 0.81; an expert serves 10% to 90% of the tokens; domains differ by 12%",
+        "moe: 83% of the FFNs active, made in 61 s",
     ]
     assert (asked["source"], asked["out"], asked["num_experts"]) == (Path("dense"), Path("moe"), 8)
     assert (asked["calibration"], asked["plan"]) == ([Path("a.txt"), Path("b")], None)
+    assert (asked["dense_layers"], asked["distil_tokens"], asked["state"]) == ([0, 1, 2, 7], 1000, Path("s"))
+    result = foregate("refactor", "dense", "moe", "--dense-layers", "all")
+    assert "cannot read layers 'all'; write them like 0-8,29" in result.err

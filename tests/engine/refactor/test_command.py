@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.refactor import corpus
 from engine.refactor.calibrate import learn_plan
 from engine.refactor.chats import ChatWriter
-from engine.refactor.command import refactor
+from engine.refactor.command import RefactorReport, refactor
 from engine.refactor.perplexity import perplexities
 from engine.refactor.plan import RefactorPlan, SplitSettings
 from engine.refactor.source import open_source
@@ -126,3 +127,40 @@ def test_only_the_answers_of_a_chat_are_scored() -> None:
     chats = corpus.chats("chats", [[1, 2, 3], [1]], [[4, 5], [6, 7]])
     assert chats.tokens.tolist() == [[1, 2, 3, 4, 5], [1, 6, 7, 0, 0]]
     assert chats.scored.tolist() == [[False, False, True, True], [True, True, False, False]]
+
+
+def test_distillation_is_resumed_and_each_text_is_a_domain(
+    make_llama: MakeLlama, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.refactor.command._can_compile", lambda: False)  # a minute, for a tiny model
+    path, _ = make_llama(num_hidden_layers=3)
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(f"Counting: {' '.join(str(i + j) for j in range(30))}" for i in range(400)))
+    options: dict[str, Any] = {"calibration": [text_file, other], "dense_layers": [0], "distil_tokens": 3 * 8 * 256}
+    steps: list[str] = []
+
+    def refactor_to(name: str) -> RefactorReport:
+        steps.clear()
+        return refactor(
+            path,
+            tmp_path / name,
+            state=tmp_path / "state",
+            save_plan=tmp_path / f"{name}.plan",
+            rank=2,
+            progress=lambda what, done, total: steps.append(what),
+            **options,
+            **SERVED,
+        )
+
+    report = refactor_to("one")
+    assert steps.count("distil") == 3
+    assert [measured.name for measured in report.perplexities] == ["text.txt", "other.txt"]
+    assert report.locality.popularity.shape == (2, 2)
+    assert 0 <= report.locality.specialisation <= 1
+    assert report.active_share == pytest.approx((96 + 2 * 64) / (3 * 96))
+    plan = RefactorPlan.load(tmp_path / "one.plan")
+    assert plan.healing is not None
+    assert plan.healing.layers == (1, 2)
+    refactor_to("two")
+    assert "distil" not in steps  # all of it was in the state
+    assert files(tmp_path / "one") == files(tmp_path / "two")
