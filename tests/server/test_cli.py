@@ -223,4 +223,5 @@ def test_refactor_says_what_came_out(foregate: Any, tmp_path: Path, monkeypatch:
     assert (asked["calibration"], asked["plan"]) == ([Path("a.txt"), Path("b")], None)
     assert (asked["dense_layers"], asked["distil_tokens"], asked["state"]) == ([0, 1, 2, 7], 1000, Path("s"))
     result = foregate("refactor", "dense", "moe", "--dense-layers", "all")
+    assert result.code == 1
     assert "cannot read layers 'all'; write them like 0-8,29" in result.err
