@@ -16,11 +16,13 @@ from engine.refactor.plan import PregatePlan, RefactorPlan, SplitSettings
 from engine.refactor.pregate import PregateModel
 from engine.refactor.source import DenseSource, open_source
 from engine.refactor.write import write_checkpoint
+from kernels.quant.formats import FORMATS
 from tests.engine.conftest import MakeEngine, greedy, run_all, tokens_of
 from tests.engine.refactor.conftest import MakeLlama
 from tests.engine.refactor.moe_twin import PregatedTwin, load_twin
 from tests.engine.refactor.test_write import random_plan
 from tests.engine.test_models import all_logits
+from tests.engine.test_offload import logprobs_of
 from tests.engine.tiny_models import reference_logits
 
 SETTINGS = SplitSettings(num_experts=4, shared_size=32, num_active=2, dense_layers=(1,))
@@ -67,6 +69,20 @@ def test_greedy_tokens_equal_those_of_the_twin_and_do_not_depend_on_the_batch(pr
     again = run_all(engine, {"d": (prompt, greedy(24))})["d"]  # with a prefix from the cache
     assert again[-1].num_cached_tokens > 0
     assert tokens_of(again) == expected
+
+
+def test_pregated_tokens_and_logprobs_are_the_same_bits_whatever_the_expert_memory(pregated, make_engine: MakeEngine):
+    path, _, _, prompt = pregated
+    record = FORMATS["float32"].layout(32, 32).nbytes
+    requests = {f"r{i}": (prompt[: 5 + 13 * i], greedy(12, logprobs=0)) for i in range(4)}
+    results = []
+    for num_slots in (8, 3, 1):  # two layers of four experts
+        engine = make_engine(path, router="pregated", cache={"memory_nbytes": num_slots * record})
+        outputs = run_all(engine, requests)
+        results.append({r: (tokens_of(outputs[r]), logprobs_of(outputs[r])) for r in requests})
+        assert (engine.stats().expert_cache.evictions > 0) == (num_slots < 8)
+    assert results[0] == results[1]
+    assert results[0] == results[2]
 
 
 def test_what_is_learned_computes_what_is_served(pregated):
