@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,18 @@ class Chats:
 
 
 def write_chats(
-    source: DenseSource, prompts: Sequence[str], *, num_invented: int = NUM_INVENTED, seed: int = 0, progress: Progress
+    source: DenseSource,
+    prompts: Sequence[str],
+    *,
+    never: Collection[str] = (),
+    num_invented: int = NUM_INVENTED,
+    seed: int = 0,
+    progress: Progress,
 ) -> tuple[Chats, Chats]:
     """-> chats to learn from, and chats to be judged by: one in six of `prompts` and some invented ones.
 
-    The latter are answered greedily, the others greedily and at a temperature in turn. Raises `ConfigError` when the
-    model has no chat template.
+    These are answered greedily, the others greedily and at a temperature in turn. No invented prompt is one of
+    `never`. Raises `ConfigError` when the model has no chat template.
     """
     tokenizer = corpus.load_tokenizer(source)
     with tempfile.TemporaryDirectory(prefix="foregate-") as directory:
@@ -69,7 +75,12 @@ def write_chats(
             )
         )
         try:
-            invented = _invent(engine, tokenizer, num_invented, seed, progress)
+            kept_apart = {prompt.lower() for prompt in never}
+            invented = [
+                prompt
+                for prompt in _invent(engine, tokenizer, num_invented, seed, progress)
+                if prompt.lower() not in kept_apart
+            ]
             held = [p for i, p in enumerate(prompts) if corpus.held_out(i)] + invented[:_NUM_HELD_OUT_INVENTED]
             learned = [p for i, p in enumerate(prompts) if not corpus.held_out(i)] + invented[_NUM_HELD_OUT_INVENTED:]
             ids = corpus.chat_prompts([*held, *learned], tokenizer)

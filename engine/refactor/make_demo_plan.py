@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.refactor import corpus, demo_corpus
 from engine.refactor.calibrate import learn_plan
+from engine.refactor.compare_answers import QUESTIONS_PATH
 from engine.refactor.corpus import Passages
 from engine.refactor.demo import PROMPTS_PATH, DemoModel
 from engine.refactor.demo_chats import Chats, write_chats
@@ -108,7 +109,10 @@ def _kept(path: Path, make: Callable[[], RefactorPlan]) -> RefactorPlan:
 def _chats(source: DenseSource, path: Path) -> tuple[Chats, Chats]:
     if not path.exists():
         prompts = PROMPTS_PATH.read_text(encoding="utf-8").splitlines()
-        written = write_chats(source, prompts, seed=SEED, progress=lambda what, *n: _reporter(what)(*n))
+        questions = QUESTIONS_PATH.read_text(encoding="utf-8").splitlines()
+        written = write_chats(
+            source, prompts, never=questions, seed=SEED, progress=lambda what, *n: _reporter(what)(*n)
+        )
         path.write_text(json.dumps([asdict(chats) for chats in written]), encoding="utf-8")
     learned, held = (Chats(**chats) for chats in json.loads(path.read_text(encoding="utf-8")))
     return learned, held
