@@ -118,7 +118,7 @@ def refactor(
     domains = (
         {"help texts of Python": corpus.python_topics()}
         if calibration is None
-        else {path.name: corpus.read_documents([path]) for path in calibration}
+        else {str(path): corpus.read_documents([path]) for path in calibration}
     )
     tokenizer = corpus.load_tokenizer(opened)
     length = min(SEQUENCE_LENGTH, opened.config.max_position_embeddings)

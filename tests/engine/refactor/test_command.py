@@ -154,7 +154,7 @@ def test_distillation_is_resumed_and_each_text_is_a_domain(
 
     report = refactor_to("one")
     assert steps.count("distil") == 3
-    assert [measured.name for measured in report.perplexities] == ["text.txt", "other.txt"]
+    assert [measured.name for measured in report.perplexities] == [str(text_file), str(other)]
     assert report.locality.popularity.shape == (2, 2)
     assert 0 <= report.locality.specialisation <= 1
     assert report.active_share == pytest.approx((96 + 2 * 64) / (3 * 96))
