@@ -55,7 +55,7 @@ class Routing:
     weights: Tensor
     experts: list[int]  # distinct, ascending
     row_begin: Tensor  # int32 [experts + 1] into positions
-    positions: Tensor  # int32 [T * k]
+    positions: Tensor  # int32 [T * k], ascending for each expert
     num_positions: int
 
     @classmethod
@@ -156,7 +156,7 @@ class Backend(Protocol):
         """Compute the `ready` (expert, slot) for the tokens routed to them, from where the records lie.
 
         Each (token, rank) product is written to its own row of outputs [T * k, H], for `combine`; which is done at
-        once where `add_to` [T, H] is given: then `ready` must be all that was missing.
+        once where `add_to` [T, H] is given: then `ready` must be all that was missing, and outputs need not be kept.
         """
         ...
 

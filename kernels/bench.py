@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def measure(contenders: list[Contender], rounds: int, min_s: float = 0.02) -> di
 def expert_contender(
     backend: NativeBackend, format: str, shape: tuple[int, int, int, int], rows: int
 ) -> tuple[Contender, int]:
-    """The expert MLP with `rows` rows for each of the active experts, and the number of records it turns through."""
+    """The expert MLP, added up, with `rows` rows for each active expert; and how many records it turns through."""
     hidden, inner, _, active = shape
     layout = FORMATS[format].layout(hidden, inner)
     num_records = max(active, min(256, WORKING_SET_NBYTES // layout.nbytes))
@@ -87,10 +88,11 @@ def expert_contender(
     ids = torch.arange(active, dtype=torch.int32).expand(rows, active).contiguous()  # each expert has all the rows
     routing = Routing.of(ids, torch.ones(rows, active))
     out = torch.empty(rows * active, hidden)
+    residual = torch.zeros(rows, hidden)
     groups = cycle([list(range(i, i + active)) for i in range(0, num_records - active + 1, active)])
 
     def run() -> None:
-        backend.expert_mlp(x, routing, records, list(enumerate(next(groups))), out)
+        backend.expert_mlp(x, routing, records, list(enumerate(next(groups))), out, add_to=residual)
 
     products = 3 * hidden * inner * active
     weights_nbytes = sum(section.nbytes for section in layout.sections) * active
@@ -197,6 +199,38 @@ def alternatives(shape: tuple[int, int, int, int], rows: int) -> Iterator[Conten
     )
 
 
+def expert_alternatives(shape: tuple[int, int, int, int], rows: int) -> Iterator[Contender]:
+    """The very work of `expert_contender` with torch's products, an expert after the other: two products, SiLU, sum."""
+    hidden, inner, _, active = shape
+    num_copies = max(1, min(8, WORKING_SET_NBYTES // 4 // (3 * hidden * inner * active)))
+    num_weights = 3 * hidden * inner * active
+    flops = 2.0 * rows * num_weights
+    x = torch.randn(rows, hidden)
+
+    def turn(
+        gate_up: Tensor, down: Tensor, pack: Callable[[Tensor], object], product: Callable[[Tensor, Any], Tensor]
+    ) -> Callable[[], object]:
+        layers = cycle([[(pack(gate_up), pack(down)) for _ in range(active)] for _ in range(num_copies)])
+
+        def run() -> None:
+            total = torch.zeros(rows, hidden)
+            for first, second in next(layers):
+                gate, up = product(x, first).chunk(2, dim=-1)
+                total += product(torch.nn.functional.silu(gate) * up, second)
+
+        return run
+
+    weights = torch.randn(2 * inner, hidden) * 0.02, torch.randn(hidden, inner) * 0.02
+    bf16 = turn(*weights, lambda w: w.bfloat16(), lambda x, w: torch.nn.functional.linear(x.bfloat16(), w))
+    yield Contender("torch bf16 experts", bf16, num_weights * 2, flops)
+    int8 = turn(
+        *weights,
+        lambda w: torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(w, 0.05, 0, torch.qint8), None),
+        torch.ops.quantized.linear_dynamic,
+    )
+    yield Contender("oneDNN int8 experts", int8, num_weights, flops)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
@@ -229,6 +263,8 @@ def main() -> None:
                 contenders += [linear_contender(backend, f, shape, rows) for f in formats if f != "int4"]
             if not args.no_alternatives:
                 contenders += alternatives(shape, rows)
+            if "expert" in kernels and not args.no_alternatives:
+                contenders += expert_alternatives(shape, rows)
             _report(contenders, args.rounds, shape_name, rows, as_json=args.json)
         if "attention" in kernels:
             for num_seqs, context, rows in ATTENTION:

@@ -88,7 +88,12 @@ def make_plan(
         return replace(plan, pregate=learned)
 
     for name, stage in (("split", split), ("distilled", heal), ("pregated", pregate)):
-        plan = _kept(work / f"{name}.safetensors", stage)
+        path = work / f"{name}.safetensors"
+        if path.exists():
+            plan = RefactorPlan.load(path)
+            continue
+        plan = stage()
+        path.write_bytes(plan.to_bytes())
         if name != "pregated":
             report(source, plan, judged)
     out.write_bytes(plan.to_bytes())
@@ -98,12 +103,6 @@ def report(source: DenseSource, plan: RefactorPlan, judged: Sequence[Passages]) 
     """Log the perplexities of the plan beside the dense model's."""
     for result in perplexities(source, plan, list(judged), _reporter("layers measured")):
         _log.info("%s: %.3f -> %.3f (%.3fx)", result.name, result.dense, result.refactored, result.ratio)
-
-
-def _kept(path: Path, make: Callable[[], RefactorPlan]) -> RefactorPlan:
-    if not path.exists():
-        path.write_bytes(make().to_bytes())
-    return RefactorPlan.load(path)
 
 
 def _chats(source: DenseSource, path: Path) -> tuple[Chats, Chats]:

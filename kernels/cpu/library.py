@@ -31,6 +31,8 @@ class ExpertCall(ctypes.Structure):
         ("ready", c_void_p),
         ("records", c_void_p),
         ("out", c_void_p),
+        ("residual", c_void_p),
+        ("weights", c_void_p),
     )
 
 
@@ -165,7 +167,7 @@ def load_library() -> ctypes.CDLL:
     library.foregate_attention.argtypes = (c_void_p, c_void_p, c_void_p)
     library.foregate_route.argtypes = (c_void_p, c_void_p, c_int, *[c_void_p] * 6)
     library.foregate_mlp.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
-    library.foregate_expert_mlp.argtypes = (c_void_p, c_void_p, c_void_p)
+    library.foregate_expert_mlp.argtypes = (c_void_p,)
     library.foregate_rms_norm.argtypes = (c_void_p, c_void_p, c_float, c_int, c_int, c_void_p)
     library.foregate_combine.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p)
     library.foregate_pack.argtypes = (c_int, c_void_p, c_int, c_int, c_void_p, c_int)

@@ -118,13 +118,11 @@ class _Products:
             num_active=num_active,
             routing=lib.Routing(row_begin=routing.row_begin.data_ptr(), positions=routing.positions.data_ptr()),
             out=outputs.data_ptr(),
+            residual=0 if add_to is None else add_to.data_ptr(),
+            weights=routing.weights.data_ptr(),
         )
         self._tensors = (routing.weights, routing.row_begin)  # what is pointed to
-        self.addresses = (
-            ctypes.addressof(self.call),
-            routing.weights.data_ptr(),
-            0 if add_to is None else add_to.data_ptr(),
-        )
+        self.address = ctypes.addressof(self.call)
 
     def fits(self, x: Tensor, routing: Routing, layout: RecordLayout, outputs: Tensor, add_to: Tensor | None) -> bool:
         of = self.of
@@ -350,7 +348,7 @@ class NativeBackend:
         call.routing.num_experts, call.routing.experts = len(experts), experts.buffer_info()[0]
         call.num_ready, call.ready = len(ready_experts), ready_experts.buffer_info()[0]
         call.records = ready_records.buffer_info()[0]
-        if self._library.foregate_expert_mlp(*products.addresses) != 0:
+        if self._library.foregate_expert_mlp(products.address) != 0:
             raise ValueError(f"some of the experts {ready} were not routed to")
 
     def combine(self, outputs: Tensor, weights: Tensor, add_to: Tensor) -> None:

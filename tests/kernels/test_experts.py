@@ -75,20 +75,22 @@ def test_one_expert_may_take_all_tokens_and_others_none(backend: Backend):
         assert (out[:, rank] - expected).norm() <= 3e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("num_tokens", [9, 100, 3500])  # few; by chunks of tokens; by more chunks than threads
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_is_combined_at_once_is_what_is_combined_later(backend: Backend, format: str):
+def test_what_is_combined_at_once_is_what_is_combined_later(backend: Backend, format: str, num_tokens: int):
     records = make_records(format, 64, 96, 6)
     torch.manual_seed(0)
-    x, logits, residual = torch.randn(9, 64), torch.randn(9, 6), torch.randn(9, 64)
+    x, logits, residual = torch.randn(num_tokens, 64), torch.randn(num_tokens, 6), torch.randn(num_tokens, 64)
     routing = Routing.of(*reference.route(logits, 3, "softmax"))
     ready = [(expert, expert) for expert in routing.experts]
-    later, outputs = residual.clone(), torch.empty(27, 64)
+    later, outputs = residual.clone(), torch.empty(num_tokens * 3, 64)
     backend.expert_mlp(x, routing, records, ready, outputs)
     backend.combine(outputs, routing.weights, add_to=later)
-    at_once = residual.clone()
-    backend.expert_mlp(x, routing, records, ready, torch.empty(27, 64), add_to=at_once)
-    assert torch.equal(at_once, later)
-    assert not torch.equal(at_once, residual)
+    for order in (ready, ready[::-1]):
+        at_once = residual.clone()
+        backend.expert_mlp(x, routing, records, order, torch.empty(num_tokens * 3, 64), add_to=at_once)
+        assert torch.equal(at_once, later)
+    assert not torch.equal(later, residual)
 
 
 @pytest.mark.parametrize("routing", ["softmax", "softmax_renormalised", "unweighted"])

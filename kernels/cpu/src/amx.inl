@@ -1,36 +1,49 @@
 // Products on AMX tiles: two blocks of 16 outputs by two runs of rows at a time. Included by product.inl.
 
-struct TileConfig {
+// Tiles 0..3: results [run * 2 + block]; 4, 5: rows of the two runs; 6, 7: weights of the two blocks.
+struct alignas(64) TileConfig {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_nbytes[16] = {};
     uint8_t num_rows[16] = {};
-};
 
-// Tiles 0..3: results [run * 2 + block]; 4, 5: rows of the two runs; 6, 7: weights of the two blocks.
-// Configured for the numbers of rows that were asked for last; released at the end of its scope.
-class Tiles {
-public:
-    ~Tiles() {
-        if (rows0_) _tile_release();
-    }
-    void configure(int rows0, int rows1) {
-        rows1 = std::max(rows1, 1);
-        if (rows0 == rows0_ && rows1 == rows1_) return;
-        rows0_ = rows0;
-        rows1_ = rows1;
-        TileConfig config;
+    constexpr TileConfig() = default;
+    constexpr TileConfig(int rows0, int rows1) {
         for (int i = 0; i < 8; ++i) {
-            config.row_nbytes[i] = 64;
-            config.num_rows[i] = (uint8_t)(i >= 6 ? 16 : i == 4 || i < 2 ? rows0 : rows1);
+            row_nbytes[i] = 64;
+            num_rows[i] = (uint8_t)(i >= 6 ? 16 : i == 4 || i < 2 ? rows0 : rows1);
         }
-        asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
     }
-
-private:
-    int rows0_ = 0, rows1_ = 0;
 };
 
-// Adds spans to the sums in `values`, two runs of rows at a time. What one call computes is added while the next one's
+// All there are: to read one that was just written, byte by byte, takes as long as a small product.
+struct TileConfigs {
+    TileConfig of[kTile][kTile];
+
+    constexpr TileConfigs() {
+        for (int i = 0; i < kTile; ++i)
+            for (int j = 0; j < kTile; ++j) of[i][j] = TileConfig(i + 1, j + 1);
+    }
+};
+static constexpr TileConfigs tile_configs;
+static thread_local int tile_rows0, tile_rows1;  // as configured, or 0
+
+static inline void configure_tiles(int rows0, int rows1) {
+    rows1 = std::max(rows1, 1);
+    if (rows0 == tile_rows0 && rows1 == tile_rows1) return;
+    tile_rows0 = rows0;
+    tile_rows1 = rows1;
+    asm volatile("ldtilecfg %0" ::"m"(tile_configs.of[rows0 - 1][rows1 - 1]) : "memory");
+}
+
+// Around a thread's products: its tiles are released at the end.
+struct TileScope {
+    ~TileScope() {
+        if (tile_rows0) _tile_release();
+        tile_rows0 = 0;
+    }
+};
+
+// Adds spans to the sums in `values`, which the first one begins, two runs of rows at a time. What one call computes is added while the next one's
 // tile products are under way: they take long, and leave the vector units free.
 class SpanAdder {
 public:
@@ -43,13 +56,14 @@ public:
         const uint8_t *w0 = weights.blocks[0], *w1 = weights.blocks[weights.num_blocks - 1];
         for (int t = 0; t < num_runs; t += 2) {
             const int rows0 = runs[t].num_rows, rows1 = t + 1 < num_runs ? runs[t + 1].num_rows : 0;
-            tiles_.configure(rows0, rows1);
+            configure_tiles(rows0, rows1);
             Pending now;
             now.num_blocks = weights.num_blocks;
             for (int b = 0; b < kPair; ++b) now.factors[b] = weights.factors[b];
             for (int i = 0; i < 2; ++i) now.runs[i] = i == 0 || rows1 ? &runs[t + i] : nullptr;
             now.span = weights.span;
             now.low = low;
+            now.is_first = weights.span == 0 && !low;
             const uint8_t* x0 = rows_of(runs[t], now).chunks;
             _tile_zero(0);
             _tile_zero(1);
@@ -99,7 +113,7 @@ private:
         const RowSpan* runs[2] = {nullptr, nullptr};
         F16 factors[kPair];
         int num_blocks, span;
-        bool low;
+        bool low, is_first;
     };
 
     SpanOfRows rows_of(const RowSpan& run, const Pending& p) const {
@@ -123,7 +137,8 @@ private:
                 const F16 factor = pending_.factors[b];
                 for (int r = 0; r < run.num_rows; ++r, to += kLanes, from += kLanes) {
                     const I16 sum = i_add(i_load(from), i_set1(x.correction[r]));
-                    f_store(to, f_fma(f_from_i(sum), f_mul(factor, f_set1(x.scales[r])), f_load(to)));
+                    const F16 total = pending_.is_first ? f_zero() : f_load(to);
+                    f_store(to, f_fma(f_from_i(sum), f_mul(factor, f_set1(x.scales[r])), total));
                 }
             }
         }
@@ -133,7 +148,6 @@ private:
     int first_row_;
     uint8_t* memory_;
     Values values_;
-    Tiles tiles_;
     Pending pending_;
     int which_ = 0;
     alignas(64) int32_t sums_[2][4][kTile * kLanes];  // [which][run * 2 + block]
@@ -142,14 +156,13 @@ private:
 // A result is one chain of tile products, 32 inputs each, in input order.
 static void amx_product_bf16(const Shape& shape, const uint8_t* w, int num_blocks, const RowSpan* runs, int num_runs,
                              uint8_t* memory, const Values& values) {
-    Tiles tiles;
     asm volatile("" ::: "memory");  // tile loads do not tell the compiler that they read memory
     const int begin = runs[0].first, num_chunks = shape.num_chunks();
     const uint8_t *w0 = w, *w1 = w + (num_blocks - 1) * shape.block_nbytes;
     alignas(64) float unused[kTile * kLanes];
     for (int t = 0; t < num_runs; t += 2) {
         const int rows0 = runs[t].num_rows, rows1 = t + 1 < num_runs ? runs[t + 1].num_rows : 0;
-        tiles.configure(rows0, rows1);
+        configure_tiles(rows0, rows1);
         const uint8_t* x0 = memory + runs[t].at;
         const int row0 = runs[t].first - begin, row1 = row0 + rows0;
         _tile_zero(0);

@@ -116,7 +116,7 @@ void foregate_rms_norm(const float* x, const float* weight, float eps, int num_r
 }
 void foregate_combine(const float* outputs, const float* weights, int num_tokens, int num_active, int size, float* out) {
     std::lock_guard<std::mutex> lock(mutex);
-    table->combine(*pool, outputs, weights, num_tokens, num_active, size, out, 1);
+    table->combine(*pool, outputs, weights, num_tokens, num_active, size, out);
 }
 
 // residual [rows, hidden] += attention of its norm; the new keys and values go to the paged cache first.
@@ -166,15 +166,13 @@ int foregate_route(const foregate::RouterLayer* layer, const float* residual, in
     return foregate::group_by_expert(ids, num_tokens * num_active, num_experts, experts, row_begin, positions);
 }
 
-// Products of the ready experts; weights and residual, if not null: all of the tokens' products are there then, and
-// are added to residual. 0, or -1, with nothing done, if no token goes to one of the experts.
-int foregate_expert_mlp(const foregate::ExpertCall* call, const float* weights, float* residual) {
+// Products of the ready experts. 0, or -1, with nothing done, if no token goes to one of the experts.
+int foregate_expert_mlp(const foregate::ExpertCall* call) {
     const foregate::Routing& routing = call->routing;
     for (int i = 0; i < call->num_ready; ++i)
         if (!std::binary_search(routing.experts, routing.experts + routing.num_experts, call->ready[i])) return -1;
     std::lock_guard<std::mutex> lock(mutex);
     table->expert_mlp(*pool, *call);
-    if (residual) table->combine(*pool, call->out, weights, call->num_tokens, call->num_active, call->hidden_size, residual, 1);
     return 0;
 }
 

@@ -119,19 +119,23 @@ static void swiglu(ThreadPool& pool, const float* gate_up, int num_rows, int siz
     });
 }
 
+// to [size] += products [num_active, size] times weights, in that order.
+static inline void combine_row(const float* products, const float* weights, int num_active, int size, float* to) {
+    for (int i = 0; i < size; i += 16) {
+        const int n = size - i;
+        F16 total = f_mul(load_upto(products + i, n), f_set1(weights[0]));
+        for (int k = 1; k < num_active; ++k)
+            total = f_fma(load_upto(products + (size_t)k * size + i, n), f_set1(weights[k]), total);
+        store_upto(to + i, f_add(load_upto(to + i, n), total), n);
+    }
+}
+
+// out [num_tokens, size] += each token's products, in routing order.
 static void combine(ThreadPool& pool, const float* outputs, const float* weights, int num_tokens, int num_active, int size,
-                    float* out, int accumulate) {
+                    float* out) {
     for_rows(pool, num_tokens, (size_t)num_active * size, [&](int token) {
-        const float* products = outputs + (size_t)token * num_active * size;
-        const float* w = weights + (size_t)token * num_active;
-        float* to = out + (size_t)token * size;
-        for (int i = 0; i < size; i += 16) {
-            const int n = size - i;
-            F16 total = f_mul(load_upto(products + i, n), f_set1(w[0]));
-            for (int k = 1; k < num_active; ++k)
-                total = f_fma(load_upto(products + (size_t)k * size + i, n), f_set1(w[k]), total);
-            store_upto(to + i, accumulate ? f_add(load_upto(to + i, n), total) : total, n);
-        }
+        combine_row(outputs + (size_t)token * num_active * size, weights + (size_t)token * num_active, num_active, size,
+                    out + (size_t)token * size);
     });
 }
 

@@ -24,7 +24,7 @@ private:
 
 // Memory for one kernel call, kept for the next: kernels are called by one thread at a time.
 struct Scratch {
-    std::vector<uint8_t> memory[4];
+    std::vector<uint8_t> memory[5];
     uint8_t* take(int which, size_t nbytes) {
         auto& m = memory[which];
         if (m.size() < nbytes + 64) m.resize(nbytes + nbytes / 4 + 64);
@@ -74,6 +74,7 @@ static void linear(ThreadPool& pool, const LinearCall& call) {
     pool.parallel(ceil_div(num_blocks, blocks_per_task), [&](int task) {
         const int begin = task * blocks_per_task, end = std::min(num_blocks, begin + blocks_per_task);
         const Values values = values_of_thread(call.num_rows);
+        const TileScope tiles;
         product(shape, call.weight + begin * shape.block_nbytes, end - begin, runs.data(), (int)runs.size(), memory, values);
         for (int row = 0; row < call.num_rows; ++row)
             for (int b = begin; b < end; ++b) {
@@ -88,8 +89,20 @@ static void linear(ThreadPool& pool, const LinearCall& call) {
     });
 }
 
+// silu(gate) * up
+static inline F16 gated_up(F16 gate, F16 up) {
+    const F16 silu = f_div(gate, f_add(f_set1(1.0f), f_exp(f_sub(f_zero(), gate))));
+    return f_mul(silu, up);
+}
+
+// The rows of a call's ready expert in its routing.
+static inline const int32_t* rows_of_ready(const ExpertCall& call, int e) {
+    const Routing& routing = call.routing;
+    return routing.row_begin + (std::lower_bound(routing.experts, routing.experts + routing.num_experts, call.ready[e]) - routing.experts);
+}
+
 // An expert's record: gate and up interleaved by blocks of 16 units [I / 16][gate, up], then down [H / 16].
-static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
+static void products_of_experts(ThreadPool& pool, const ExpertCall& call) {
     const int hidden = call.hidden_size, inner = call.intermediate_size;
     const Shape in(call.format, hidden), out(call.format, inner);
     const size_t down_at = (size_t)(inner / kLanes) * 2 * in.block_nbytes;
@@ -103,14 +116,12 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
     int num_rows = 0;
     const bool one_token = call.num_tokens == 1;
     for (int e = 0; e < call.num_ready; ++e) {
-        const Routing& routing = call.routing;
-        const int32_t* found = std::lower_bound(routing.experts, routing.experts + routing.num_experts, call.ready[e]);
-        const int32_t* rows = routing.row_begin + (found - routing.experts);
+        const int32_t* rows = rows_of_ready(call, e);
         const int num = rows[1] - rows[0];
         first_run.push_back((int)runs.size());
         cut_runs(in, num_rows, num_rows + num, runs, total);
         cut_runs(out, num_rows, num_rows + num, inner_runs, inner_total);
-        for (int i = rows[0]; i < rows[1]; ++i) position_of.push_back(routing.positions[i]);
+        for (int i = rows[0]; i < rows[1]; ++i) position_of.push_back(call.routing.positions[i]);
         num_rows += num;
     }
     first_run.push_back((int)runs.size());
@@ -166,12 +177,12 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
         const int num_runs = first_run[e + 1] - first_run[e];
         const Values values = values_of_thread(rows_of(mine, num_runs));
         filled[e].wait();
+        const TileScope tiles;
         product(in, call.records[e] + (size_t)(begin / kLanes) * 2 * in.block_nbytes, kBlocks, mine, num_runs, memory, values);
         for (int r = 0; r < values.num_rows; ++r)
             for (int b = 0; b < kBlocks; b += 2) {
-                const F16 g = f_load(values.at(b, r)), up = f_load(values.at(b + 1, r));
-                const F16 silu = f_div(g, f_add(f_set1(1.0f), f_exp(f_sub(f_zero(), g))));
-                f_store(activated + (size_t)(mine[0].first + r) * inner + begin + b / 2 * kLanes, f_mul(silu, up));
+                float* to = activated + (size_t)(mine[0].first + r) * inner + begin + b / 2 * kLanes;
+                f_store(to, gated_up(f_load(values.at(b, r)), f_load(values.at(b + 1, r))));
             }
         if (!gated[e].is_last()) return;
         for (int t = first_run[e]; t < first_run[e + 1]; ++t) {
@@ -188,6 +199,7 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
         const int num_runs = first_run[e + 1] - first_run[e];
         const Values values = values_of_thread(rows_of(mine, num_runs));
         gated[e].wait();
+        const TileScope tiles;
         product(out, call.records[e] + down_at + begin * out.block_nbytes, end - begin, mine, num_runs, inner_memory, values);
         for (int r = 0; r < values.num_rows; ++r) {  // all columns of a row together: rows lie pages apart
             float* to = call.out + (size_t)position_of[mine[0].first + r] * hidden + begin * kLanes;
@@ -204,4 +216,88 @@ static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
         task -= call.num_ready * num_gates;
         down(task / num_downs, task % num_downs * blocks_per_task);
     });
+}
+
+// Chunks of that many tokens go through all experts, one thread each, and are added up while their products are in its L2
+// cache. For tiny experts, whose products are larger than their weights.
+static void expert_mlp_by_tokens(ThreadPool& pool, const ExpertCall& call, int num_tokens) {
+    const int hidden = call.hidden_size, inner = call.intermediate_size, num_active = call.num_active;
+    const Shape in(call.format, hidden), out(call.format, inner);
+    const size_t down_at = (size_t)(inner / kLanes) * 2 * in.block_nbytes, token_nbytes = in.tile_nbytes(1);
+    const int num_blocks = hidden / kLanes;
+    pool.parallel(ceil_div(call.num_tokens, num_tokens), [&](int task) {
+        static thread_local Scratch memory;
+        static thread_local std::vector<RowSpan> runs, inner_runs;
+        const TileScope tiles_in_use;
+        const int begin = task * num_tokens, end = std::min(call.num_tokens, begin + num_tokens), num_mine = end - begin;
+        uint8_t* tokens = memory.take(0, num_mine * token_nbytes);
+        float* products = (float*)memory.take(1, (size_t)num_mine * num_active * hidden * sizeof(float));
+        for (int t = 0; t < num_mine; ++t) put_row(in, call.x + (size_t)(begin + t) * hidden, Tile(in, tokens + t * token_nbytes, 1), 0);
+        for (int e = 0; e < call.num_ready; ++e) {
+            const int32_t* rows = rows_of_ready(call, e);
+            const int32_t* last = call.routing.positions + rows[1];
+            const int32_t* position = std::lower_bound(call.routing.positions + rows[0], last, begin * num_active);
+            const int num_rows = (int)(std::lower_bound(position, last, end * num_active) - position);
+            if (num_rows == 0) continue;
+            size_t total = 0, inner_total = 0;
+            runs.clear();
+            inner_runs.clear();
+            cut_runs(in, 0, num_rows, runs, total);
+            cut_runs(out, 0, num_rows, inner_runs, inner_total);
+            uint8_t *tiles = memory.take(2, total), *inner_tiles = memory.take(3, inner_total);
+            float* activated = (float*)memory.take(4, (size_t)num_rows * inner * sizeof(float));
+            for (const RowSpan& run : runs)
+                for (int r = 0; r < run.num_rows; ++r) {
+                    const Tile token(in, tokens + (position[run.first + r] / num_active - begin) * token_nbytes, 1);
+                    copy_row(in, token, Tile(in, tiles + run.at, run.num_rows), r);
+                }
+            const Values values = values_of_thread(num_rows);
+            const int num_runs = (int)runs.size();
+            for (int unit = 0; unit < inner; unit += kBlocks / 2 * kLanes) {
+                product(in, call.records[e] + unit / kLanes * 2 * in.block_nbytes, kBlocks, runs.data(), num_runs, tiles, values);
+                for (int r = 0; r < num_rows; ++r)
+                    for (int b = 0; b < kBlocks; b += 2) {
+                        float* to = activated + (size_t)r * inner + unit + b / 2 * kLanes;
+                        f_store(to, gated_up(f_load(values.at(b, r)), f_load(values.at(b + 1, r))));
+                    }
+            }
+            for (const RowSpan& run : inner_runs)
+                for (int r = 0; r < run.num_rows; ++r)
+                    put_row(out, activated + (size_t)(run.first + r) * inner, Tile(out, inner_tiles + run.at, run.num_rows), r);
+            for (int first = 0; first < num_blocks; first += kBlocks) {
+                const int num = std::min(kBlocks, num_blocks - first);
+                product(out, call.records[e] + down_at + first * out.block_nbytes, num, inner_runs.data(), num_runs, inner_tiles, values);
+                for (int r = 0; r < num_rows; ++r) {
+                    float* to = products + (size_t)(position[r] - begin * num_active) * hidden + first * kLanes;
+                    for (int b = 0; b < num; ++b) f_store(to + b * kLanes, f_load(values.at(b, r)));
+                }
+            }
+        }
+        for (int t = 0; t < num_mine; ++t)
+            combine_row(products + (size_t)t * num_active * hidden, call.weights + (size_t)(begin + t) * num_active, num_active, hidden,
+                        call.residual + (size_t)(begin + t) * hidden);
+    });
+}
+
+// Of a chunk of tokens, for expert_mlp_by_tokens: its size, or 0 if the call is not worth cutting so.
+static int tokens_per_task(const ExpertCall& call, int num_threads) {
+    constexpr size_t weights_nbytes = 4 << 20;   // of all experts: every chunk reads them anew
+    constexpr size_t products_nbytes = 1 << 20;  // of a chunk: what leaves room for weights in the L2 cache
+    constexpr int rows_per_expert = 8;           // of a chunk: what a product needs to be fast
+    if (!call.residual || call.num_ready < call.routing.num_experts) return 0;
+    const Shape in(call.format, call.hidden_size), out(call.format, call.intermediate_size);
+    const size_t gate_up_nbytes = call.intermediate_size / kLanes * 2 * in.block_nbytes;
+    const size_t down_nbytes = call.hidden_size / kLanes * out.block_nbytes;
+    if (call.num_ready * (gate_up_nbytes + down_nbytes) > weights_nbytes) return 0;
+    const size_t nbytes = (size_t)call.num_tokens * call.num_active * call.hidden_size * sizeof(float);
+    const int num_rounds = (int)(nbytes / (products_nbytes * num_threads)) + 1;
+    const int num_tokens = ceil_div(call.num_tokens, num_rounds * num_threads);
+    return num_tokens * call.num_active >= rows_per_expert * call.num_ready ? num_tokens : 0;
+}
+
+static void expert_mlp(ThreadPool& pool, const ExpertCall& call) {
+    const int num_tokens = tokens_per_task(call, pool.num_threads());
+    if (num_tokens > 0) return expert_mlp_by_tokens(pool, call, num_tokens);
+    products_of_experts(pool, call);
+    if (call.residual) combine(pool, call.out, call.weights, call.num_tokens, call.num_active, call.hidden_size, call.residual);
 }

@@ -15,7 +15,7 @@ struct Routing {
     int num_experts;
     const int32_t* experts;    // [num_experts] ascending
     const int32_t* row_begin;  // [num_experts + 1] into positions
-    const int32_t* positions;  // token * num_active + rank
+    const int32_t* positions;  // token * num_active + rank, ascending for each expert
 };
 
 // One expert call: the rows routed to each expert, and where its products go.
@@ -28,6 +28,9 @@ struct ExpertCall {
     const int32_t* ready;            // [num_ready] experts to be computed, each one of routing's
     const uint8_t* const* records;   // [num_ready]
     float* out;                      // [num_tokens * num_active, hidden]
+    // if not null, all of the tokens' products are in `out` after this call, and are added here; `out` is scratch then
+    float* residual;                 // [num_tokens, hidden]
+    const float* weights;            // [num_tokens, num_active]
 };
 
 struct LinearCall {
@@ -122,7 +125,7 @@ struct KernelTable {
     void (*prepare_qkv)(ThreadPool&, const QkvCall&);
     void (*attention)(ThreadPool&, const AttentionCall&);
     void (*combine)(ThreadPool&, const float* outputs, const float* weights, int num_tokens, int num_active, int size,
-                    float* out, int accumulate);
+                    float* out);
     void (*swiglu)(ThreadPool&, const float* gate_up, int num_rows, int size, float* out);
     void (*pack)(ThreadPool&, const PackCall&);
 };

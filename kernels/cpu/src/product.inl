@@ -425,11 +425,15 @@ struct SpanOfWeights {
 #if defined(FG_AMX)
 #include "amx.inl"
 #else
+struct TileScope {
+    ~TileScope() {}
+};
+
 // Adds one span of inputs to the results, at `row` and on, of R rows of a tile from `first` on with B blocks from `block`
 // on. `next` are the rows that come after these: they are in the L2 cache, and asked for in time.
 template <int R, int B>
 static inline void add_span(const SpanOfWeights& w, int block, const SpanOfRows& x, int num_rows, int first, const Values& values,
-                            int row, const uint8_t* next) {
+                            int row, bool is_first, const uint8_t* next) {
     const size_t stride = (size_t)num_rows * 64;
     const uint8_t* chunk = x.chunks + first * 64;
     I16 acc[B][R];
@@ -450,11 +454,11 @@ static inline void add_span(const SpanOfWeights& w, int block, const SpanOfRows&
         for (int r = 0; r < R; ++r) {
             const F16 scaled = f_mul(w.factors[block + b], f_set1(x.scales[first + r]));
             float* to = values.at(block + b, row + r);
-            f_store(to, f_fma(f_from_i(acc[b][r]), scaled, f_load(to)));
+            f_store(to, f_fma(f_from_i(acc[b][r]), scaled, is_first ? f_zero() : f_load(to)));
         }
 }
 
-// Adds spans to the sums in `values`.
+// Adds spans to the sums in `values`, which the first one begins.
 class SpanAdder {
 public:
     SpanAdder(const Shape& shape, const RowSpan* runs, uint8_t* memory, const Values& values)
@@ -465,6 +469,7 @@ public:
         // the next span's weights, a part of them before each tile
         const size_t part = (span_nbytes * kManyRows / std::max(kManyRows, values_.num_rows) + 63) / 64 * 64;
         size_t ahead = 0;
+        const bool is_first = weights.span == 0 && !low;
         for (int t = 0; t < num_runs; ++t) {
             const int num_rows = runs[t].num_rows;
             const SpanOfRows x(Tile(shape_, memory_ + runs[t].at, num_rows), weights.span, low);
@@ -478,9 +483,9 @@ public:
                 with_rows<kManyRows>(num_rows - r, [&](auto rows) {
                     constexpr int R = decltype(rows)::value;
 #if defined(FG_AVX512)
-                    if (weights.num_blocks == kPair) return add_span<R, kPair>(weights, 0, x, num_rows, r, values_, row + r, next);
+                    if (weights.num_blocks == kPair) return add_span<R, kPair>(weights, 0, x, num_rows, r, values_, row + r, is_first, next);
 #endif
-                    for (int b = 0; b < weights.num_blocks; ++b) add_span<R, 1>(weights, b, x, num_rows, r, values_, row + r, next);
+                    for (int b = 0; b < weights.num_blocks; ++b) add_span<R, 1>(weights, b, x, num_rows, r, values_, row + r, is_first, next);
                 });
             }
         }
@@ -499,7 +504,6 @@ private:
 static void product_by_spans(const Shape& shape, const uint8_t* w, int num_blocks, const RowSpan* runs, int num_runs,
                              uint8_t* memory, const Values& values) {
     alignas(64) uint8_t expanded[kPair][kSpanPieces * 1024];
-    memset(values.memory, 0, (size_t)num_blocks * values.num_rows * kLanes * sizeof(float));
     SpanAdder adder(shape, runs, memory, values);
     for (int s = 0; s < shape.num_spans; ++s) {
         SpanOfWeights weights;
