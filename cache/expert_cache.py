@@ -4,88 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Literal
 
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError, ExpertStore
+from cache.host_tier import HostTier
+from cache.lease import Entry, Lease, Phase
 from cache.policies import POLICIES
 from cache.policies.policy import Policy
 from cache.slot_pool import SlotPool
-from cache.stats import CacheStats, PhaseStats
+from cache.stats import CacheStats, PhaseCounters, PrefetchCounters
 from cache.transfer import TransferEngine
-
-Phase = Literal["prefill", "decode"]
-
-
-class _Entry:
-    """One expert that has a slot: still loading, ready, or failed (then it has left the table)."""
-
-    __slots__ = ("error", "key", "pins", "ready", "slot")
-
-    def __init__(self, key: ExpertKey, slot: int) -> None:
-        self.key = key
-        self.slot = slot
-        self.pins = 0
-        self.ready = False
-        self.error: ExpertReadError | None = None
-
-
-class _PhaseCounters:
-    __slots__ = ("hits", "joined", "queries", "stall_s")
-
-    def __init__(self) -> None:
-        self.queries = self.hits = self.joined = 0
-        self.stall_s = 0.0
-
-    def snapshot(self) -> PhaseStats:
-        return PhaseStats(queries=self.queries, hits=self.hits, joined=self.joined, stall_s=self.stall_s)
-
-
-class Lease:
-    """The right to compute with some experts of one layer call. Iterate `batches`, then `release` (or use `with`).
-
-    An expert is pinned from the moment it is found or given a slot until the lease ends, or, when the experts do not
-    all fit, until it has been computed: the layer is then computed in waves. A lease that waits for a slot pins none
-    that is computed, so leases of several threads cannot deadlock.
-    """
-
-    def __init__(self, cache: ExpertCache, keys: Sequence[ExpertKey], phase: Phase) -> None:
-        self._cache = cache
-        self._phase = phase
-        self._held: list[_Entry] = []  # pinned by this lease
-        self._awaited: list[_Entry] = []  # pinned by this lease, not handed out yet
-        self._waiting = list(keys)  # no slot yet
-        self._found: list[tuple[ExpertKey, int]] = []  # ready from the start, not handed out yet
-        self._released = False
-
-    def batches(self) -> Iterator[list[tuple[ExpertKey, int]]]:
-        """Yield groups of (key, slot) as they become ready: the resident ones first, then each miss as it arrives.
-
-        What a step has yielded may be computed until the next one is asked for. Raises `ExpertReadError` for a record
-        that cannot be read.
-        """
-        if self._found:
-            found, self._found = self._found, []
-            yield found
-        while self._awaited or self._waiting:
-            yield self._cache._next_batch(self)
-
-    def release(self) -> None:
-        """End the lease; calling it again does nothing."""
-        if not self._released:
-            self._released = True
-            self._cache._release(self)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 class ExpertCache:
@@ -101,22 +31,44 @@ class ExpertCache:
         pool: SlotPool,
         policy: str = "lru",
         *,
+        host: HostTier | None = None,
         num_io_threads: int = 4,
+        link_bandwidth: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`host`: a tier over the store that answers first. `link_bandwidth`: see `TransferEngine`."""
         if policy not in POLICIES:
             raise ValueError(f"unknown cache policy {policy!r}; known: {', '.join(sorted(POLICIES))}")
         if pool.slot_nbytes < store.record_nbytes:
             raise ValueError(f"slots of {pool.slot_nbytes} bytes cannot hold records of {store.record_nbytes}")
         self._store = store
         self._pool = pool
-        self._policy: Policy = POLICIES[policy](pool.num_slots)
-        self._transfer = TransferEngine(store, num_io_threads)
+        self._host = host
+        layers = sorted({key.layer for key in store.header.keys})
+        num_experts = 1 + max(key.expert for key in store.header.keys)
+        self._policy: Policy = POLICIES[policy](pool.num_slots, layers, num_experts)
+        self._transfer = TransferEngine(host or store, num_io_threads, link_bandwidth=link_bandwidth)
         self._clock = clock
-        self._entries: dict[ExpertKey, _Entry] = {}
+        self._entries: dict[ExpertKey, Entry] = {}
+        self._ahead: dict[ExpertKey, Entry] = {}  # prefetched and not asked for yet
         self._changed = threading.Condition()  # guards all of it; notified when an expert arrives or is unpinned
-        self._counters: dict[Phase, _PhaseCounters] = {"prefill": _PhaseCounters(), "decode": _PhaseCounters()}
-        self._num_fetches = self._num_evictions = self._num_waves = 0
+        self._counters: dict[Phase, PhaseCounters] = {"prefill": PhaseCounters(), "decode": PhaseCounters()}
+        self._prefetch_counters: dict[int, PrefetchCounters] = {}  # by layers ahead
+        self._num_evictions = self._num_waves = 0
+
+    @property
+    def record_nbytes(self) -> int:
+        return self._store.record_nbytes
+
+    @property
+    def transfer(self) -> TransferEngine:
+        """What brings the records: its bandwidth, latency and queue."""
+        return self._transfer
+
+    @property
+    def stall_s(self) -> float:
+        """Time in which compute waited for experts, in all."""
+        return sum(counters.stall_s for counters in self._counters.values())
 
     def acquire(self, keys: Sequence[ExpertKey], phase: Phase = "decode") -> Lease:
         """Lease distinct experts for one layer call; returns at once, with the misses on their way."""
@@ -130,6 +82,8 @@ class ExpertCache:
                 if entry is None:
                     missing.append(key)
                     continue
+                if entry.distance is not None:
+                    self._asked_for(entry)
                 self._policy.touch(key)
                 if entry.ready:
                     entry.pins += 1
@@ -145,7 +99,81 @@ class ExpertCache:
                 self._num_waves += bool(lease._waiting)
         return lease
 
-    def _pin(self, lease: Lease, entry: _Entry) -> None:
+    def observe(
+        self, layer: int, requests: Sequence[int], chosen: Sequence[Sequence[int]], *, is_prefill: bool
+    ) -> None:
+        """A layer call begins: each token's request, and the experts it is routed to. For the policy."""
+        with self._changed:
+            self._policy.observe(layer, requests, chosen, is_prefill)
+
+    def ended(self, request: int) -> None:
+        """A request is over: the policy expects nothing of it any more."""
+        with self._changed:
+            self._policy.ended(request)
+
+    def prefetch(
+        self, wanted: Sequence[tuple[ExpertKey, float]], distance: int, keep: Collection[ExpertKey] = frozenset()
+    ) -> int:
+        """Bring up experts, with the benefit of each, that a layer `distance` ahead will ask for; -> reads issued.
+
+        Nothing is evicted for them that is in use, on its way, or in `keep`; without a slot nothing is read.
+        """
+        num_issued = 0
+        with self._changed:
+            counters = self._prefetch_counters.setdefault(distance, PrefetchCounters())
+            for key, benefit in wanted:
+                if key in self._entries:
+                    continue
+                taken = self._take_slot(lambda other: self._evictable(other) and other not in keep)
+                if taken is None:
+                    break
+                entry = self._ahead[key] = self._load(key, taken, benefit, distance)
+                assert entry.ticket is not None
+                counters.issued += 1
+                num_issued += 1
+        return num_issued
+
+    def cancel_prefetches(self, layer: int, but: Collection[ExpertKey] = frozenset()) -> int:
+        """Give up the prefetches for a layer that have not begun, all `but` some; -> how many."""
+        with self._changed:
+            stale = [e for key, e in self._ahead.items() if key.layer == layer and key not in but and not e.ready]
+            return sum(self._cancel(entry) for entry in stale)
+
+    def foretold(self, distance: int, num_predicted: int, num_routed: int) -> None:
+        """Count how many of a layer's routed experts had been predicted that many layers ahead."""
+        with self._changed:
+            counters = self._prefetch_counters.setdefault(distance, PrefetchCounters())
+            counters.predicted += num_predicted
+            counters.routed += num_routed
+
+    def missing(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Those that are neither here nor on their way."""
+        with self._changed:
+            return [key for key in keys if key not in self._entries]
+
+    def _asked_for(self, entry: Entry) -> None:
+        assert entry.distance is not None
+        counters = self._prefetch_counters[entry.distance]
+        if entry.ready:
+            counters.useful += 1
+        else:
+            counters.late += 1
+            assert entry.ticket is not None
+            self._transfer.promote(entry.ticket)
+        entry.distance = None
+        del self._ahead[entry.key]
+
+    def _cancel(self, entry: Entry) -> bool:
+        assert entry.distance is not None
+        assert entry.ticket is not None
+        if not self._transfer.cancel(entry.ticket):
+            return False
+        self._prefetch_counters[entry.distance].cancelled += 1
+        self._forget(entry)
+        self._pool.give(entry.slot)
+        return True
+
+    def _pin(self, lease: Lease, entry: Entry) -> None:
         entry.pins += 1
         lease._held.append(entry)
         lease._awaited.append(entry)
@@ -155,41 +183,76 @@ class ExpertCache:
         for i, key in enumerate(lease._waiting):
             entry = self._entries.get(key)  # another lease may have asked for it since
             if entry is None:
-                slot = self._take_slot()
-                if slot is None:
+                taken = self._take_slot(self._evictable) or self._slot_of_a_prefetch()
+                if taken is None:
                     del lease._waiting[:i]
                     return
-                entry = self._entries[key] = _Entry(key, slot)
-                self._policy.insert(key)
-                self._num_fetches += 1
-                self._transfer.submit(key, self._pool.buffer(slot), partial(self._arrived, entry))
+                entry = self._load(key, taken)
             else:
+                if entry.distance is not None:
+                    self._asked_for(entry)
                 self._policy.touch(key)
             self._pin(lease, entry)
         lease._waiting.clear()
 
-    def _take_slot(self) -> int | None:
+    def _load(
+        self,
+        key: ExpertKey,
+        taken: tuple[int, ExpertKey | None],
+        benefit: float | None = None,
+        distance: int | None = None,
+    ) -> Entry:
+        slot, evicted = taken
+        entry = self._entries[key] = Entry(key, slot, distance)
+        self._policy.insert(key)
+        buffer = self._pool.buffer(slot)
+        entry.ticket = self._transfer.submit(
+            key, buffer, partial(self._arrived, entry), benefit=benefit, evicted=evicted
+        )
+        return entry
+
+    def _take_slot(self, evictable: Callable[[ExpertKey], bool]) -> tuple[int, ExpertKey | None] | None:
+        """A slot, and whose record it still holds."""
         slot = self._pool.take()
-        if slot is None:
-            key = self._policy.victim(self._evictable)
-            if key is not None:
-                self._policy.remove(key)
-                slot = self._entries.pop(key).slot
-                self._num_evictions += 1
-        return slot
+        if slot is not None:
+            return slot, None
+        key = self._policy.victim(evictable)
+        if key is None:
+            return None
+        entry = self._entries[key]
+        if entry.distance is not None:
+            self._prefetch_counters[entry.distance].wasted += 1
+        self._forget(entry)
+        self._num_evictions += 1
+        return entry.slot, key
+
+    def _slot_of_a_prefetch(self) -> tuple[int, ExpertKey | None] | None:
+        """Demand goes before what is only foretold."""
+        for entry in list(self._ahead.values()):
+            if not entry.ready and self._cancel(entry):
+                slot = self._pool.take()
+                assert slot is not None
+                return slot, None
+        return None
+
+    def _forget(self, entry: Entry) -> None:
+        self._policy.remove(entry.key)
+        del self._entries[entry.key]
+        self._ahead.pop(entry.key, None)
 
     def _evictable(self, key: ExpertKey) -> bool:
         entry = self._entries[key]
         return entry.ready and entry.pins == 0
 
-    def _arrived(self, entry: _Entry, error: ExpertReadError | None) -> None:
+    def _arrived(self, entry: Entry, error: ExpertReadError | None) -> None:
         with self._changed:
             if error is None:
                 entry.ready = True
             else:
                 entry.error = error
-                self._policy.remove(entry.key)
-                del self._entries[entry.key]
+                if entry.distance is not None:
+                    self._prefetch_counters[entry.distance].wasted += 1
+                self._forget(entry)
                 self._pool.give(entry.slot)
             self._changed.notify_all()
 
@@ -238,12 +301,19 @@ class ExpertCache:
             return CacheStats(
                 prefill=self._counters["prefill"].snapshot(),
                 decode=self._counters["decode"].snapshot(),
-                fetches=self._num_fetches,
+                fetches=self._transfer.num_reads,
                 fetched_nbytes=self._transfer.num_reads * self._store.record_nbytes,
                 read_s=self._transfer.read_s,
                 read_retries=self._transfer.num_retries,
                 read_errors=self._transfer.num_errors,
                 evictions=self._num_evictions,
+                prefetch={distance: c.snapshot() for distance, c in sorted(self._prefetch_counters.items())},
+                bandwidth=self._transfer.bandwidth or 0.0,
+                latency_s=self._transfer.latency_s,
+                depth=self._transfer.depth,
+                host_hits=self._host.num_hits if self._host is not None else 0,
+                host_slots=self._host.num_slots if self._host is not None else 0,
+                host_slots_used=self._host.num_used if self._host is not None else 0,
                 waves=self._num_waves,
                 num_slots=self._pool.num_slots,
                 num_slots_used=self._pool.num_slots - self._pool.num_free,
@@ -265,6 +335,7 @@ class ExpertCache:
                 "a slot is both free and used": bool(free & set(used)),
                 "free + used is not all": len(free) + len(used) != self._pool.num_slots,
                 "a pin count is negative": any(entry.pins < 0 for entry in self._entries.values()),
+                "what is foretold has no slot": any(self._entries.get(k) is not e for k, e in self._ahead.items()),
                 "an expert is still pinned": idle and any(entry.pins for entry in self._entries.values()),
                 "an expert is still loading": idle and not all(entry.ready for entry in self._entries.values()),
             }
@@ -273,5 +344,9 @@ class ExpertCache:
             raise AssertionError("; ".join(broken))
 
     def close(self) -> None:
-        """Finish transfers under way and end the I/O threads."""
+        """Give up prefetches, finish transfers under way and end the I/O threads."""
+        with self._changed:
+            for entry in list(self._ahead.values()):
+                if not entry.ready:
+                    self._cancel(entry)
         self._transfer.close()

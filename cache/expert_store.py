@@ -6,6 +6,7 @@ import errno
 import logging
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cache.expert_key import ExpertKey
@@ -47,24 +48,49 @@ class ExpertStore:
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._index
 
+    def position(self, key: ExpertKey) -> int:
+        """Where the record lies: records of neighbouring positions are neighbours in the file."""
+        return self._index[key]
+
     def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
         """Fill buffer [record_nbytes], 4 KiB-aligned, with the expert's record and verify its checksum.
 
         Raises `ExpertReadError` on an I/O error, a short read or a wrong checksum; the buffer is then worthless.
         """
-        index = self._index[key]
-        offset = self.header.data_offset + index * self.record_nbytes
-        done = 0
+        (error,) = self.read_run([key], [buffer])
+        if error is not None:
+            raise error
+
+    def read_run(self, keys: Sequence[ExpertKey], buffers: Sequence[memoryview]) -> list[ExpertReadError | None]:
+        """Read neighbours, in ascending order, in one go; -> what is wrong with each of them, as `read_into` says."""
+        nbytes = self.record_nbytes
+        first = self._index[keys[0]]
+        offset = self.header.data_offset + first * nbytes
+        total, done = nbytes * len(keys), 0
+        why = ""
         try:
-            while done < self.record_nbytes:
-                num_read = os.preadv(self._fd, [buffer[done : self.record_nbytes]], offset + done)
+            while done < total:
+                skip, within = divmod(done, nbytes)
+                left = [buffers[skip][within:nbytes], *(buffer[:nbytes] for buffer in buffers[skip + 1 :])]
+                num_read = os.preadv(self._fd, left, offset + done)
                 done += num_read
-                if num_read == 0 or (self.direct and done < self.record_nbytes and done % ALIGNMENT):
-                    raise ExpertReadError(key, f"short read, {done} of {self.record_nbytes} bytes")
+                if num_read == 0 or (self.direct and done < total and done % ALIGNMENT):
+                    break
         except OSError as error:
-            raise ExpertReadError(key, f"disk read failed ({os.strerror(error.errno or errno.EIO)})") from error
-        if checksum(buffer[: self.record_nbytes]) != self.header.checksums[index]:
-            raise ExpertReadError(key, "checksum does not match, the packed file is corrupt")
+            why = f"disk read failed ({os.strerror(error.errno or errno.EIO)})"
+        errors: list[ExpertReadError | None] = []
+        for i, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+            if done < (i + 1) * nbytes:
+                here = max(0, done - i * nbytes)
+                errors.append(ExpertReadError(key, why or f"short read, {here} of {nbytes} bytes"))
+            elif checksum(buffer[:nbytes]) != self.header.checksums[first + i]:
+                errors.append(ExpertReadError(key, "checksum does not match, the packed file is corrupt"))
+            else:
+                errors.append(None)
+        return errors
+
+    def demote(self, key: ExpertKey, record: memoryview) -> None:
+        """Nothing: disk holds every record."""
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache.expert_cache import Phase
+from cache.lease import Phase
 from engine.kv_cache import BLOCK_SIZE
 from engine.scheduler import SchedulerOutput
-from kernels.backend import Sequences
+from kernels.backend import Routing, Sequences
 
 
 @dataclass(slots=True)
@@ -21,7 +21,8 @@ class Batch:
     sequences: Sequences
     logit_rows: Tensor | None  # int64 [sampled], rows whose next token is wanted; None: all of them
     phase: Phase
-    pregated: Tensor | None = None  # what the pre-gate has made of the tokens [T, d], where the model has one
+    requests: list[int]  # [T] whose token it is, by number
+    routings: list[Routing] | None = None  # of each layer with experts, where a pre-gate has made them
 
     @classmethod
     def build(cls, output: SchedulerOutput, *, all_logits: bool = False) -> Batch:
@@ -33,7 +34,9 @@ class Batch:
         context: list[int] = []
         blocks: list[int] = []
         logit_rows: list[int] = []
+        requests: list[int] = []
         for request, num_tokens in output.num_tokens.items():
+            requests += [request.number] * num_tokens
             start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
             token_ids += request.token_ids[start:end]
             positions += range(start, end)
@@ -50,6 +53,7 @@ class Batch:
             sequences=sequences,
             logit_rows=None if all_logits or len(logit_rows) == len(token_ids) else torch.tensor(logit_rows).long(),
             phase="decode" if len(token_ids) == len(context) else "prefill",
+            requests=requests,
         )
 
 

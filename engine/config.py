@@ -42,7 +42,11 @@ class CacheConfig:
     format: str = "auto"  # a name in kernels.quant.FORMATS; auto: see EngineConfig.resolved
     memory_nbytes: int | None = None  # None: all experts if they fit in free memory, else what fits
     policy: str = "lru"
-    num_io_threads: int = 4
+    num_io_threads: int = 8  # at most; as many reads at once as the device was measured to need
+    predictor: str = "auto"  # what is read ahead by: a name in engine.foresight.PREDICTORS
+    host_memory_nbytes: int | None = None  # a tier between disk and the top one; None: there is none
+    exclusive_tiers: bool = False  # what is in the top tier is not in the host tier too
+    link_bandwidth: float | None = None  # bytes/s: the tier below behaves like a link of that speed
     packed_dir: Path | None = None  # where packed experts are kept; None: beside the checkpoint
 
 
@@ -72,6 +76,7 @@ class EngineConfig:
     max_model_len: int | None = None  # None: what the model allows and KV memory holds
     kv_memory_nbytes: int = 512 * 1024**2
     num_threads: int | None = None  # None: one for each core that this process may use
+    record_trace: Path | None = None  # which experts tokens were routed to, written when the engine ends
     kernels: str = "auto"  # a name in kernels.backend.BACKENDS; auto: native where it was built
     router: str = "auto"  # a name in engine.models.spec.ROUTERS; auto: the layers' own
     seed: int | None = None  # of requests that bring none; None: from the operating system

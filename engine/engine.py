@@ -18,7 +18,9 @@ from engine.config import EngineConfig, format_nbytes
 from engine.convert import Progress
 from engine.detokenizer import Detokenizer
 from engine.errors import ConfigError, InvalidRequest
+from engine.foresight import make_foresight
 from engine.kv_cache import BLOCK_SIZE, KVCache, kv_block_nbytes
+from engine.layers.foresight import Observers
 from engine.layers.moe import ExpertArena, ExpertFailure
 from engine.loader import free_memory_nbytes, kv_dtype, load_decoder, open_experts
 from engine.messages import EngineStats, FinishReason, ModelInfo, PositionLogprobs, RequestOutput, TokenLogprob
@@ -29,6 +31,7 @@ from engine.sampler import SampledToken, Sampler
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SCHEDULERS, SchedulerOutput
 from engine.tokenizer import TokenDecoder, Tokenizer
+from engine.trace_recorder import TraceRecorder
 from kernels.backend import Backend, choose_backend
 
 _log = logging.getLogger(__name__)
@@ -70,13 +73,26 @@ class Engine:
         self._experts: ExpertArena | None = None
         if spec.moe is not None:
             self._experts = open_experts(checkpoint, config.cache, available, progress)
-        model = load_decoder(checkpoint, spec, config.dtype, max_model_len, backend, self._experts, progress)
+        foresight = make_foresight(config.cache.predictor, spec, self._experts)
+        self._recorder = _recorder(config, spec)
+        observers = [observer for observer in (foresight, self._recorder) if observer is not None]
+        model = load_decoder(
+            checkpoint,
+            spec,
+            config.dtype,
+            max_model_len,
+            backend,
+            self._experts,
+            progress,
+            observer=Observers(observers) if observers else None,
+        )
         self._runner = ModelRunner(model, KVCache(spec, num_blocks, dtype))
         self._blocks = BlockManager(num_blocks, BLOCK_SIZE)
         self.scheduler = SCHEDULERS[config.scheduler.policy](config.scheduler, self._blocks)
         self._eos_token_ids = frozenset(checkpoint.eos_token_ids() or _as_ids(self.tokenizer.eos_token_id))
         self._sampler = Sampler(sorted(self._eos_token_ids))
         self._requests: dict[str, Request] = {}
+        self._num_requests = 0
         self._seeds = secrets.SystemRandom() if config.seed is None else _SeedSequence(config.seed)
         self._counts = dict.fromkeys(("prompt_tokens_total", "output_tokens_total", "steps_total"), 0)
         self._step_s = 0.0
@@ -121,10 +137,14 @@ class Engine:
             params=params,
             max_num_tokens=limit,
             seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
+            number=self._num_requests,
             detokenizer=Detokenizer(
                 self.tokenizer, prompt_token_ids, stop=params.stop, skip_special_tokens=params.skip_special_tokens
             ),
         )
+        self._num_requests += 1
+        if self._recorder is not None:
+            self._recorder.request_begins(request.number, request.num_prompt_tokens)
         self._requests[request_id] = request
         self._counts["prompt_tokens_total"] += request.num_prompt_tokens
         self.scheduler.add(request)
@@ -134,6 +154,8 @@ class Engine:
         request = self._requests.pop(request_id, None)
         if request is not None:
             self.scheduler.remove(request)
+            if self._experts is not None:
+                self._experts.cache.ended(request.number)
 
     def step(self) -> list[RequestOutput]:
         """Compute one step and return what is new of each request that got a token or ended."""
@@ -210,7 +232,9 @@ class Engine:
             self._experts.cache.check_integrity()
 
     def close(self) -> None:
-        """End the I/O threads."""
+        """Write the recorded trace, if any, and end the I/O threads."""
+        if self._recorder is not None:
+            self._recorder.close()
         if self._experts is not None:
             self._experts.cache.close()
 
@@ -284,6 +308,17 @@ class Engine:
 
     def _fail(self, request: Request, error: str) -> RequestOutput:
         return self._output(request, "", [], "error", error=error)
+
+
+def _recorder(config: EngineConfig, spec: ModelSpec) -> TraceRecorder | None:
+    if config.record_trace is None:
+        return None
+    if spec.moe is None:
+        raise ConfigError("this model has no experts whose routing could be recorded")
+    try:
+        return TraceRecorder(config.record_trace, spec.moe)
+    except OSError as error:
+        raise ConfigError(f"cannot write routing trace {config.record_trace}: {error.strerror}") from error
 
 
 class _SeedSequence:

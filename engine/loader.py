@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from cache.expert_cache import ExpertCache
+from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertStore
+from cache.host_tier import HostTier
 from cache.slot_pool import SlotPool
 from engine.checkpoint import Checkpoint
 from engine.config import CacheConfig, format_nbytes
 from engine.convert import Progress, ensure_packed, expert_layout
 from engine.errors import ConfigError
+from engine.layers.foresight import RoutingObserver
 from engine.layers.moe import ExpertArena, LayerwiseRouter, MoELayer, PregatedRouter, Router
 from engine.layers.rotary import rotary_tables
 from engine.models.decoder import Decoder, DecoderLayer, DenseFeedForward, FeedForward, Pregate
 from engine.models.spec import ModelSpec, MoeSpec, PregateSpec
-from kernels.backend import AttentionKernel, AttentionShape, Backend, Linear, MlpKernel
+from kernels.backend import AttentionKernel, AttentionShape, Backend, Linear, MlpKernel, RouterKernel
 
 _log = logging.getLogger(__name__)
 
@@ -41,12 +44,14 @@ def load_decoder(
     backend: Backend,
     experts: ExpertArena | None,
     progress: Progress | None = None,
+    *,
+    observer: RoutingObserver | None = None,
 ) -> Decoder:
     """Read all dense weights and pack them as `dtype`; norms, routers and pre-gate stay float32.
 
     `spec`: the checkpoint's, with the routers that are wanted. Raises `CheckpointError` for what is missing.
     """
-    loader = _DenseLoader(checkpoint, spec, dtype, max_positions, backend)
+    loader = _DenseLoader(checkpoint, spec, dtype, max_positions, backend, observer)
     layers = []
     for layer in range(spec.num_layers):
         layers.append(loader.layer(layer, experts))
@@ -60,17 +65,24 @@ def load_decoder(
     pregate = None if spec.pregate is None else loader.pregate(spec.pregate)
     checkpoint.close()
     embedding = embedding if dtype == "float32" else embedding.to(torch.bfloat16)
-    return Decoder(backend, embedding, layers, norm, lm_head, spec.rms_norm_eps, pregate)
+    return Decoder(backend, embedding, layers, norm, lm_head, spec.rms_norm_eps, pregate, observer)
 
 
 class _DenseLoader:
     def __init__(
-        self, checkpoint: Checkpoint, spec: ModelSpec, dtype: str, max_positions: int, backend: Backend
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        dtype: str,
+        max_positions: int,
+        backend: Backend,
+        observer: RoutingObserver | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._backend = backend
         self._spec = spec
+        self._observer = observer
         self._rotary = rotary_tables(self._spec.rope, self._spec.head_dim, max_positions)
 
     def tensor(self, name: str, *shape: int) -> Tensor:
@@ -107,7 +119,11 @@ class _DenseLoader:
             mlp = self._mlp(f"{prefix}.layers.{i}.mlp", spec.intermediate_size, norms[1], spec.hidden_size, plain)
             layers.append(DecoderLayer(attention, DenseFeedForward(mlp)))
         inward = self._linear([(f"{prefix}.input", spec.hidden_size)], self._spec.hidden_size, plain)
-        return Pregate(self._backend, inward, torch.ones(self._spec.hidden_size), layers, eps)
+        norm = self.tensor(f"{prefix}.norm.weight", spec.hidden_size)
+        moe = self._spec.moe
+        assert moe is not None
+        routers = [self._router(f"{prefix}.routers.{layer}", moe, norm, bias=True) for layer in moe.layers]
+        return Pregate(self._backend, inward, torch.ones(self._spec.hidden_size), layers, routers, eps)
 
     def _linear(
         self, parts: list[tuple[str, int]], num_inputs: int, formats: Mapping[str, str], *, bias: bool = False
@@ -160,18 +176,29 @@ class _DenseLoader:
         shared = None
         if moe.shared_mlp is not None:
             shared = self._model_mlp(moe.shared_mlp.format(layer=layer), "shared_expert_intermediate_size", None)
-        return MoELayer(layer, moe.num_experts, self._backend, self._router(layer, moe, norm), experts, shared)
+        return MoELayer(
+            moe.layers.index(layer),
+            expert_keys(moe, layer),
+            self._backend,
+            self._layer_router(layer, moe, norm),
+            experts,
+            shared,
+            self._observer,
+        )
 
-    def _router(self, layer: int, moe: MoeSpec, norm: Tensor) -> Router:
-        pregate, backend, eps = self._spec.pregate, self._backend, self._spec.rms_norm_eps
-        if pregate is None:
-            name, num_inputs, bias, input_norm = moe.router.format(layer=layer), len(norm), moe.router_bias, norm
-        else:
-            name, num_inputs, bias = f"model.pregate.routers.{layer}", pregate.hidden_size, True
-            input_norm = self.tensor("model.pregate.norm.weight", num_inputs)
-        linear = self._linear([(name, moe.num_experts)], num_inputs, {self._dtype: "float32"}, bias=bias)
-        kernel = backend.make_router(input_norm, eps, linear, moe.num_active, moe.routing)
-        return LayerwiseRouter(kernel) if pregate is None else PregatedRouter(kernel, backend, norm, eps)
+    def _layer_router(self, layer: int, moe: MoeSpec, norm: Tensor) -> Router:
+        if self._spec.pregate is not None:
+            return PregatedRouter(moe.layers.index(layer), self._backend, norm, self._spec.rms_norm_eps)
+        return LayerwiseRouter(self._router(moe.router.format(layer=layer), moe, norm, bias=moe.router_bias))
+
+    def _router(self, name: str, moe: MoeSpec, norm: Tensor, *, bias: bool) -> RouterKernel:
+        linear = self._linear([(name, moe.num_experts)], len(norm), {self._dtype: "float32"}, bias=bias)
+        return self._backend.make_router(norm, self._spec.rms_norm_eps, linear, moe.num_active, moe.routing)
+
+
+def expert_keys(moe: MoeSpec, layer: int) -> list[ExpertKey]:
+    """Where a layer's experts are stored, in its router's order."""
+    return [ExpertKey(layer, expert) for expert in range(moe.num_experts)]
 
 
 def open_experts(
@@ -207,10 +234,29 @@ def open_experts(
     store = ExpertStore(ensure_packed(checkpoint, config.format, config.packed_dir, progress))
     pool = SlotPool(num_slots, layout.nbytes)
     try:
-        cache = ExpertCache(store, pool, config.policy, num_io_threads=config.num_io_threads)
+        cache = ExpertCache(
+            store,
+            pool,
+            config.policy,
+            host=_host_tier(store, config, num_experts),
+            num_io_threads=config.num_io_threads,
+            link_bandwidth=config.link_bandwidth,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return ExpertArena(cache, memoryview(pool.arena), num_slots, layout)
+
+
+def _host_tier(store: ExpertStore, config: CacheConfig, num_experts: int) -> HostTier | None:
+    if config.host_memory_nbytes is None:
+        return None
+    num_slots = min(config.host_memory_nbytes // store.record_nbytes, num_experts)
+    if num_slots < 1:
+        raise ConfigError(
+            f"host memory of {format_nbytes(config.host_memory_nbytes)} cannot hold one expert "
+            f"({format_nbytes(store.record_nbytes)}); raise --host-memory or leave it out"
+        )
+    return HostTier(store, num_slots, exclusive=config.exclusive_tiers)
 
 
 def free_memory_nbytes() -> int:

@@ -24,6 +24,7 @@ class Request:
     max_num_tokens: int
     seed: int
     detokenizer: Detokenizer
+    number: int = 0  # of the engine's requests, in order of arrival
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
     block_ids: list[int] = field(default_factory=list)

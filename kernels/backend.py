@@ -66,6 +66,13 @@ class Routing:
         experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
         return cls(ids, weights, experts.tolist(), F.pad(counts.cumsum(0), (1, 0)).int(), order.int(), len(flat))
 
+    def copy(self) -> Routing:
+        """One that holds when the router is called again."""
+        tensors = (self.ids.clone(), self.weights.clone())
+        return Routing(
+            *tensors, list(self.experts), self.row_begin.clone(), self.positions.clone(), self.num_positions
+        )
+
     def tokens_of(self, expert: int) -> list[int]:
         """The rows that are routed to an expert."""
         i = self.experts.index(expert)

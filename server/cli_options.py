@@ -22,6 +22,15 @@ def _size(text: str) -> int:
         raise typer.BadParameter(str(exc)) from None
 
 
+def _rate(text: str) -> float:
+    if not text.endswith("/s"):
+        raise typer.BadParameter(f"cannot read rate {text!r}; write it like 8GiB/s")
+    rate = _size(text.removesuffix("/s"))
+    if rate <= 0:
+        raise typer.BadParameter("a link that carries nothing brings no expert")
+    return float(rate)
+
+
 def _ids(text: str) -> range:
     first, _, last = text.partition("-")
     if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and int(first) <= int(last)):
@@ -40,7 +49,19 @@ ExpertMemory = Annotated[int | None, _size_option("Memory for experts, such as 5
 KvMemory = Annotated[int, _size_option("Memory for keys and values, such as 2GiB.")]
 PackedDir = Annotated[Path | None, typer.Option(help="Where packed experts are kept [default: beside the checkpoint]")]
 MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and output together.")]
-CachePolicy = Annotated[str, typer.Option(help="Which experts stay in memory.")]
+CachePolicy = Annotated[str, typer.Option(help="Which experts stay in memory: lru, lfu, slru, ...")]
+Predictor = Annotated[str, typer.Option(help="What experts are read ahead by: auto or off.")]
+HostMemory = Annotated[int | None, _size_option("A tier in RAM between disk and expert memory [default: none].")]
+ExclusiveTiers = Annotated[bool, typer.Option(help="What is in expert memory is not in host memory too.")]
+LinkBandwidth = Annotated[
+    float | None,
+    typer.Option(
+        parser=_rate,
+        metavar="RATE",
+        help="Make what brings experts as slow as a link of that rate: 8GiB/s. To measure.",
+    ),
+]
+RecordTrace = Annotated[Path | None, typer.Option(help="Write which experts tokens were routed to, at the end.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads for arithmetic [default: one a core].")]
 Kernels = Annotated[str, typer.Option(help="auto, native or reference (slow, for comparison).")]
 Router = Annotated[str, typer.Option(help="layerwise, or pregated where the model has a pre-gate.")]

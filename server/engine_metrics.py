@@ -35,7 +35,25 @@ def engine_families(stats: EngineStats, labels: Mapping[str, str]) -> Iterator[M
         ("phase", "tier"),
         {(phase, "top"): of.hits for phase, of in phases.items()},
     )
-    yield counter("expert_fetches", "Experts brought to the top tier", ("source",), {("disk",): experts.fetches})
+    yield counter(
+        "expert_fetches",
+        "Experts brought to the top tier",
+        ("source",),
+        {("disk",): experts.fetches - experts.host_hits, ("host",): experts.host_hits},
+    )
+    prefetched = experts.prefetch.values()
+    yield counter(
+        "expert_prefetch",
+        "Experts read ahead, by what became of them",
+        ("outcome",),
+        {
+            ("used",): sum(p.useful for p in prefetched),
+            ("late",): sum(p.late for p in prefetched),
+            ("wasted",): sum(p.wasted for p in prefetched),
+            ("cancelled",): sum(p.cancelled for p in prefetched),
+        },
+    )
+    yield gauge("link_bandwidth_bytes_per_second", "Measured while it works", ("link",), {("disk",): experts.bandwidth})
     yield counter(
         "expert_transfer_bytes",
         "Bytes of experts moved",

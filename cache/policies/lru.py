@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cache.expert_key import ExpertKey
 
@@ -11,7 +11,7 @@ from cache.expert_key import ExpertKey
 class LruPolicy:
     """Recency order in a linked hash map; pinned experts are skipped where they stand."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, layers: Sequence[int], num_experts: int) -> None:
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()  # oldest first
 
     def insert(self, key: ExpertKey) -> None:
@@ -26,3 +26,9 @@ class LruPolicy:
 
     def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         return next((key for key in self._order if evictable(key)), None)
+
+    def observe(self, layer: int, requests: Sequence[int], chosen: Sequence[Sequence[int]], is_prefill: bool) -> None:
+        pass
+
+    def ended(self, request: int) -> None:
+        pass

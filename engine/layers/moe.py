@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from engine.batch import Batch
+from engine.layers.foresight import RoutingObserver
 from kernels.backend import Backend, MlpKernel, Records, RouterKernel, Routing
 from kernels.quant.layout import RecordLayout
 
@@ -64,15 +66,14 @@ class LayerwiseRouter:
 class PregatedRouter:
     """Routes by what the pre-gate made of the tokens before the forward pass began."""
 
-    kernel: RouterKernel  # takes the pre-gate's states
+    index: int  # of the layers with experts
     backend: Backend
     norm: Tensor  # float32 [H]
     eps: float
 
     def __call__(self, residual: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
-        assert batch.pregated is not None
-        _, routing = self.kernel(batch.pregated)
-        return self.backend.rms_norm(residual, self.norm, self.eps), routing
+        assert batch.routings is not None
+        return self.backend.rms_norm(residual, self.norm, self.eps), batch.routings[self.index]
 
 
 class MoELayer:
@@ -84,15 +85,18 @@ class MoELayer:
 
     def __init__(
         self,
-        layer: int,
-        num_experts: int,
+        index: int,
+        keys: Sequence[ExpertKey],
         backend: Backend,
         router: Router,
         experts: ExpertArena,
         shared: MlpKernel | None,
+        observer: RoutingObserver | None,
     ) -> None:
-        """`shared` takes rows that are normed already."""
-        self._keys = [ExpertKey(layer, expert) for expert in range(num_experts)]
+        """`index`: of the layers with experts; `keys` are its experts'; `shared` takes rows that are normed already."""
+        self._index = index
+        self._keys = keys
+        self._observer = observer
         self._backend = backend
         self._router = router
         self._experts = experts
@@ -103,10 +107,13 @@ class MoELayer:
         x, routing = self._router(residual, batch)
         keys = [self._keys[expert] for expert in routing.experts]
         outputs = self._experts.outputs(routing.num_positions)
-        backend, records = self._backend, self._experts.records
+        backend, records, cache = self._backend, self._experts.records, self._experts.cache
+        cache.observe(keys[0].layer, batch.requests, routing.ids.tolist(), is_prefill=batch.phase == "prefill")
         at_once = False
         try:
-            with self._experts.cache.acquire(keys, batch.phase) as lease:
+            with cache.acquire(keys, batch.phase) as lease:
+                if self._observer is not None:
+                    self._observer.layer_begins(self._index, x, routing, batch)
                 for found in lease.batches():
                     ready = [(key.expert, slot) for key, slot in found]
                     at_once = len(ready) == len(keys)

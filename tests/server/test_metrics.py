@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from cache.stats import CacheStats, PhaseStats
+from cache.stats import CacheStats, PhaseStats, PrefetchStats
 from engine.errors import EngineOverloaded
 from engine.messages import EngineStats
 from tests.server.fake_engine import FakeEngine, Script, Token
@@ -24,6 +24,8 @@ GOLDEN: dict[str, tuple[str, tuple[str, ...]]] = {
     "foregate_expert_cache_queries": ("counter", ("phase", "tier")),
     "foregate_expert_cache_hits": ("counter", ("phase", "tier")),
     "foregate_expert_fetches": ("counter", ("source",)),
+    "foregate_expert_prefetch": ("counter", ("outcome",)),
+    "foregate_link_bandwidth_bytes_per_second": ("gauge", ("link",)),
     "foregate_expert_transfer_bytes": ("counter", ("kind", "link")),
     "foregate_expert_stall_seconds": ("counter", ("phase",)),
     "foregate_expert_evictions": ("counter", ("reason",)),
@@ -113,6 +115,12 @@ async def test_the_engines_counters_are_told_as_they_are(client: httpx.AsyncClie
             prefill=PhaseStats(queries=20, hits=5, stall_s=1.5),
             decode=PhaseStats(queries=10, hits=9, stall_s=0.25),
             fetches=16,
+            host_hits=3,
+            prefetch={
+                1: PrefetchStats(useful=4, late=1, wasted=2),
+                2: PrefetchStats(useful=1, cancelled=4),
+            },
+            bandwidth=1e9,
             fetched_nbytes=65536,
             evictions=2,
             num_slots=8,
@@ -127,7 +135,14 @@ async def test_the_engines_counters_are_told_as_they_are(client: httpx.AsyncClie
     }
     assert values(families["foregate_expert_cache_hits"], "phase") == {("prefill",): 5, ("decode",): 9}
     assert values(families["foregate_expert_stall_seconds"], "phase") == {("prefill",): 1.5, ("decode",): 0.25}
-    assert values(families["foregate_expert_fetches"], "source") == {("disk",): 16}
+    assert values(families["foregate_expert_fetches"], "source") == {("disk",): 13, ("host",): 3}
+    assert values(families["foregate_expert_prefetch"], "outcome") == {
+        ("used",): 5,
+        ("late",): 1,
+        ("wasted",): 2,
+        ("cancelled",): 4,
+    }
+    assert values(families["foregate_link_bandwidth_bytes_per_second"], "link") == {("disk",): 1e9}
     assert values(families["foregate_expert_transfer_bytes"], "link", "kind") == {("disk", "demand"): 65536}
     assert values(families["foregate_expert_cache_capacity_bytes"], "tier") == {("top",): 32768}
     assert values(families["foregate_expert_cache_used_bytes"], "tier") == {("top",): 24576}

@@ -85,6 +85,23 @@ def test_pregated_tokens_and_logprobs_are_the_same_bits_whatever_the_expert_memo
     assert results[0] == results[2]
 
 
+def test_what_is_prefetched_of_a_pregated_model_is_exactly_what_is_used(pregated, make_engine: MakeEngine):
+    path, _, _, prompt = pregated
+    record = FORMATS["float32"].layout(32, 32).nbytes
+    requests = {"a": (prompt[:40], greedy(24))}
+    alone = make_engine(path, router="pregated", cache={"memory_nbytes": 6 * record, "predictor": "off"})
+    ahead = make_engine(path, router="pregated", cache={"memory_nbytes": 6 * record})
+    assert tokens_of(run_all(ahead, requests)["a"]) == tokens_of(run_all(alone, requests)["a"])
+    stats = ahead.stats().expert_cache
+    issued = sum(p.issued for p in stats.prefetch.values())
+    assert issued > 0
+    assert not alone.stats().expert_cache.prefetch
+    # in decode every miss was foretold, and nothing was ever read in vain
+    assert stats.decode.queries == stats.decode.hits + stats.decode.joined
+    assert sum(p.useful + p.late for p in stats.prefetch.values()) == issued
+    assert stats.prefetch[1].predicted == stats.prefetch[1].routed > 0
+
+
 def test_what_is_learned_computes_what_is_served(pregated):
     path, source, plan, prompt = pregated
     model = PregateModel(source.config, SPEC, SETTINGS.num_experts, (0, 2))

@@ -1,0 +1,65 @@
+"""What a link was measured to do: its bandwidth, and how many reads at once it takes to reach it."""
+
+from __future__ import annotations
+
+import time
+
+WEIGHT = 0.2  # of a new sample in the averages
+_DEPTHS = (2, 4, 8, 1)  # reads under way that are tried, in this order
+_TRIAL_NBYTES = 32 * 1024**2  # read with each of them, while there is a queue
+_WORTH = 1.05  # a greater depth must be faster by that factor
+_SAMPLE_NBYTES = 4 * 1024**2  # read between two samples of the bandwidth
+
+
+class Rate:
+    """Bytes per second of the time in which something is under way."""
+
+    def __init__(self) -> None:
+        self.average: float | None = None
+        self._nbytes = 0
+        self._busy_s = 0.0
+        self._since: float | None = None
+
+    def begin(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def add(self, nbytes: int, *, is_idle: bool) -> None:
+        now = time.perf_counter()
+        assert self._since is not None
+        self._busy_s += now - self._since
+        self._since = None if is_idle else now
+        self._nbytes += nbytes
+        if self._nbytes >= _SAMPLE_NBYTES and self._busy_s > 0:
+            rate = self._nbytes / self._busy_s
+            self.average = rate if self.average is None else self.average + WEIGHT * (rate - self.average)
+            self._nbytes, self._busy_s = 0, 0.0
+
+
+class DepthTrials:
+    """Tries each depth while there is a queue, then keeps the smallest that is about as fast as the fastest."""
+
+    def __init__(self, max_depth: int) -> None:
+        self._left = [depth for depth in _DEPTHS if depth <= max_depth] or [max_depth]
+        self._rates: dict[int, float] = {}
+        self.depth = self._left.pop(0)
+        self._nbytes = 0
+        self._since: float | None = None
+
+    def add(self, nbytes: int, *, has_queue: bool) -> None:
+        if self.depth in self._rates:
+            return  # settled
+        now = time.perf_counter()
+        if self._since is None or not has_queue:
+            self._since, self._nbytes = (now if has_queue else None), 0
+            return
+        self._nbytes += nbytes
+        if self._nbytes < _TRIAL_NBYTES:
+            return
+        self._rates[self.depth] = self._nbytes / (now - self._since)
+        if self._left:
+            self.depth = self._left.pop(0)
+        else:
+            fastest = max(self._rates.values())
+            self.depth = min(depth for depth, rate in self._rates.items() if rate * _WORTH >= fastest)
+        self._since, self._nbytes = None, 0

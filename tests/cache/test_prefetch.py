@@ -1,0 +1,244 @@
+"""Reading ahead: what becomes of a prefetch, in which order records come, and what the books say."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from cache.expert_key import ExpertKey
+from cache.prefetcher import Prefetcher
+from tests.cache.conftest import KEYS, RECORD_NBYTES
+
+
+def key(expert: int, layer: int = 0) -> ExpertKey:
+    return ExpertKey(layer, expert)
+
+
+def wait_until(condition, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+class Gate:
+    """Holds every read until it is opened, and remembers what was read in which order."""
+
+    def __init__(self, one, monkeypatch) -> None:
+        self.open = threading.Event()
+        self.order: list[ExpertKey] = []
+        read = one.store.read_run
+
+        def read_run(keys, buffers):
+            self.order += keys
+            assert self.open.wait(5)
+            return read(keys, buffers)
+
+        monkeypatch.setattr(one.store, "read_run", read_run)
+
+
+def test_a_prefetch_that_is_in_place_when_asked_for_is_a_useful_hit(open_cache):
+    one = open_cache(4)
+    assert one.cache.prefetch([(key(0), 1.0), (key(1), 0.5)], distance=2) == 2
+    wait_until(lambda: one.cache.resident() == {key(0), key(1)})
+    assert one.use(key(0)) == [key(0)]
+    stats = one.cache.stats()
+    assert (stats.decode.hits, stats.fetches) == (1, 2)
+    assert (stats.prefetch[2].issued, stats.prefetch[2].useful, stats.prefetch[2].late) == (2, 1, 0)
+
+
+def test_a_prefetch_that_is_still_on_its_way_is_joined_and_late(open_cache, monkeypatch):
+    one = open_cache(4, num_io_threads=1)
+    gate = Gate(one, monkeypatch)
+    one.cache.prefetch([(key(0), 1.0)], distance=1)
+    lease = one.cache.acquire([key(0)])
+    gate.open.set()
+    assert [k for batch in lease.batches() for k, _ in batch] == [key(0)]
+    lease.release()
+    stats = one.cache.stats()
+    assert (stats.decode.joined, stats.fetches, stats.prefetch[1].late, stats.prefetch[1].useful) == (1, 1, 1, 0)
+
+
+def test_what_is_here_or_on_its_way_is_not_prefetched_again(open_cache):
+    one = open_cache(4)
+    one.use(key(0))
+    assert one.cache.prefetch([(key(0), 1.0)], distance=1) == 0
+    assert one.cache.stats().fetches == 1
+
+
+def test_an_unused_prefetch_that_is_evicted_is_wasted(open_cache):
+    one = open_cache(2)
+    one.cache.prefetch([(key(0), 1.0)], distance=3)
+    wait_until(lambda: key(0) in one.cache.resident())
+    one.use(key(1))
+    one.use(key(2))
+    assert one.cache.stats().prefetch[3].wasted == 1
+
+
+def test_demand_overtakes_prefetches_that_have_not_begun_and_those_go_by_benefit(open_cache, monkeypatch):
+    one = open_cache(12, num_io_threads=1)
+    gate = Gate(one, monkeypatch)
+    one.cache.prefetch([(key(0), 0.1)], distance=1)
+    wait_until(lambda: gate.order == [key(0)])
+    one.cache.prefetch([(key(2), 0.2), (key(4), 0.9), (key(6), 0.5)], distance=1)
+    lease = one.cache.acquire([key(1, 2)])
+    gate.open.set()
+    list(lease.batches())
+    lease.release()
+    wait_until(lambda: len(one.cache.resident()) == 5)
+    assert gate.order == [key(0), key(1, 2), key(4), key(6), key(2)]
+
+
+def test_a_prefetch_that_is_asked_for_overtakes_the_others(open_cache, monkeypatch):
+    one = open_cache(12, num_io_threads=1)
+    gate = Gate(one, monkeypatch)
+    one.cache.prefetch([(key(0), 0.1)], distance=1)
+    wait_until(lambda: gate.order == [key(0)])
+    one.cache.prefetch([(key(2), 0.9), (key(4), 0.2)], distance=1)
+    lease = one.cache.acquire([key(4)])
+    gate.open.set()
+    list(lease.batches())
+    lease.release()
+    wait_until(lambda: len(one.cache.resident()) == 3)
+    assert gate.order == [key(0), key(4), key(2)]
+
+
+def test_neighbours_in_the_file_come_in_one_read(open_cache, monkeypatch):
+    one = open_cache(12, num_io_threads=1)
+    gate = Gate(one, monkeypatch)
+    calls: list[list[ExpertKey]] = []
+    read = one.store.read_run
+    monkeypatch.setattr(one.store, "read_run", lambda keys, buffers: (calls.append(list(keys)), read(keys, buffers))[1])
+    with one.cache.acquire([key(7, 2)]) as first:
+        wait_until(lambda: calls == [[key(7, 2)]])
+        with one.cache.acquire([key(3), key(1), key(2), key(6)]) as second:
+            gate.open.set()
+            for lease in (first, second):
+                list(lease.batches())
+    assert sorted(map(tuple, calls[1:])) == [(key(1), key(2), key(3)), (key(6),)]
+    one.use(*KEYS[:8])  # checks the bytes
+
+
+def test_prefetches_are_cancelled_by_layer_and_their_slots_come_back(open_cache, monkeypatch):
+    one = open_cache(4, num_io_threads=1)
+    gate = Gate(one, monkeypatch)
+    one.cache.prefetch([(key(0), 0.1)], distance=1)
+    wait_until(lambda: gate.order == [key(0)])
+    one.cache.prefetch([(key(1, 1), 0.3), (key(2, 1), 0.2), (key(3, 2), 0.1)], distance=2)
+    assert one.cache.cancel_prefetches(1, but={key(2, 1)}) == 1
+    gate.open.set()
+    wait_until(lambda: one.cache.resident() == {key(0), key(2, 1), key(3, 2)})
+    stats = one.cache.stats()
+    assert (stats.prefetch[2].cancelled, stats.fetches, stats.num_slots_used) == (1, 3, 3)
+
+
+def test_demand_takes_the_slot_of_a_prefetch_that_has_not_begun(open_cache, monkeypatch):
+    one = open_cache(2, num_io_threads=1)
+    gate = Gate(one, monkeypatch)
+    one.cache.prefetch([(key(0), 0.2), (key(4), 0.1)], distance=1)
+    wait_until(lambda: gate.order == [key(0)])
+    lease = one.cache.acquire([key(5, 1)])
+    gate.open.set()
+    list(lease.batches())
+    lease.release()
+    assert one.cache.stats().prefetch[1].cancelled == 1
+
+
+def test_a_prefetch_evicts_nothing_that_is_used_or_to_be_kept(open_cache):
+    one = open_cache(2)
+    one.use(key(0))
+    with one.cache.acquire([key(1)]) as lease:
+        list(lease.batches())
+        assert one.cache.prefetch([(key(2), 1.0)], distance=1, keep={key(0)}) == 0
+        assert one.cache.resident() == {key(0), key(1)}
+        assert one.cache.prefetch([(key(2), 1.0)], distance=1) == 1
+
+
+def test_a_prefetch_that_cannot_be_read_is_forgotten(open_cache, monkeypatch):
+    one = open_cache(2)
+    read = one.store.read_run
+
+    def fail(keys, buffers):
+        raise OSError("odd")
+
+    monkeypatch.setattr(one.store, "read_run", fail)
+    one.cache.prefetch([(key(0), 1.0)], distance=1)
+    wait_until(lambda: one.cache.stats().read_errors == 1)
+    monkeypatch.setattr(one.store, "read_run", read)
+    assert one.use(key(0)) == [key(0)]
+
+
+def test_a_throttled_link_takes_its_time_one_record_after_the_other(open_cache):
+    one = open_cache(24, link_bandwidth=RECORD_NBYTES * 100)
+    started = time.monotonic()
+    one.use(*KEYS[:10])
+    assert time.monotonic() - started >= 0.099
+    started = time.monotonic()
+    one.use(*KEYS[:10])  # what is resident crosses no link
+    assert time.monotonic() - started < 0.099
+
+
+class _Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def measured(one, monkeypatch, *, bandwidth: float, layer_s: float, num_layers: int = 3) -> Prefetcher:
+    """A prefetcher that has seen a step of `layer_s` a layer on a link of that bandwidth."""
+    clock = _Clock()
+    prefetcher = Prefetcher(one.cache, num_layers, clock=clock)
+    for i in range(2 * num_layers):
+        prefetcher.layer_begins(i % num_layers)
+        clock.now += layer_s
+    monkeypatch.setattr(type(one.cache.transfer), "bandwidth", property(lambda self: bandwidth))
+    return prefetcher
+
+
+def test_no_more_is_admitted_than_the_link_carries_while_layers_compute(open_cache, monkeypatch):
+    one = open_cache(24)
+    prefetcher = measured(one, monkeypatch, bandwidth=RECORD_NBYTES * 1000, layer_s=0.002)
+    assert prefetcher.window_s(1, 2) == pytest.approx(0.004)
+    candidates = [(key(expert, 1), 0.9 - 0.1 * expert) for expert in range(8)]
+    assert prefetcher.offer(0, 1, candidates) == 2  # 1,000 records a second for 2 ms
+    wait_until(lambda: one.cache.resident() == {key(0, 1), key(1, 1)})
+    assert prefetcher.offer(0, 2, [(key(expert, 2), 0.5) for expert in range(8)]) == 4
+
+
+def test_bytes_in_flight_count_against_the_window(open_cache, monkeypatch):
+    one = open_cache(24)
+    prefetcher = measured(one, monkeypatch, bandwidth=RECORD_NBYTES * 1000, layer_s=0.003)
+    gate = Gate(one, monkeypatch)
+    lease = one.cache.acquire([key(0), key(1)])
+    assert prefetcher.offer(0, 1, [(key(expert, 1), 0.5) for expert in range(8)]) == 1
+    gate.open.set()
+    list(lease.batches())
+    lease.release()
+
+
+def test_the_improbable_is_not_read_and_waste_raises_the_bar(open_cache, monkeypatch):
+    one = open_cache(2)
+    prefetcher = measured(one, monkeypatch, bandwidth=1e9, layer_s=1.0)
+    assert prefetcher.offer(0, 1, [(key(0, 1), 0.01)]) == 0
+    before = prefetcher.floor
+    for i in range(70):
+        prefetcher.offer(0, 1, [(key(i % 8, 1 + i // 8 % 2), 0.9)])
+        wait_until(lambda: one.cache.transfer.in_flight_nbytes == 0)
+        one.use(key(i % 8), key((i + 1) % 8))
+    prefetcher.step_ends()
+    assert prefetcher.floor > before
+
+
+def test_the_certain_are_kept_short_in_the_queue_and_all_come_in_the_end(open_cache, monkeypatch):
+    one = open_cache(24, num_io_threads=1)
+    prefetcher = Prefetcher(one.cache, 3)
+    gate = Gate(one, monkeypatch)
+    wanted = [key(expert, 1) for expert in range(8)]
+    assert not prefetcher.offer_certain(1, wanted)
+    assert one.cache.stats().prefetch[1].issued == 2 * one.cache.transfer.depth
+    gate.open.set()
+    wait_until(lambda: prefetcher.offer_certain(1, wanted))
+    wait_until(lambda: one.cache.resident() == set(wanted))
