@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 WEIGHT = 0.2  # of a new sample in the averages
-_DEPTHS = (2, 4, 8, 1)  # reads under way that are tried, in this order
+_DEPTHS = (2, 4, 8)  # reads under way that are tried, in this order
 _TRIAL_NBYTES = 32 * 1024**2  # read with each of them, while there is a queue
 _WORTH = 1.05  # a greater depth must be faster by that factor
 _SAMPLE_NBYTES = 4 * 1024**2  # read between two samples of the bandwidth

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
@@ -11,8 +12,12 @@ from cache.link_speed import WEIGHT
 
 Candidate = tuple[ExpertKey, float]  # probability that the layer asks for it
 
-_REVIEW = 64  # prefetches between two looks at what became of them
-_FLOORS = (0.05, 0.95)  # of the probability that is asked for
+_WAITED = 0.02  # share of the time that compute has to wait before anything is foretold
+_STALL_WEIGHT = 0.1  # of the last step in that share
+_REVIEW = 32  # steps between two looks at what became of prefetches
+_SLEEP = 256  # steps without, where they did not pay
+_FLOORS = (0.3, 0.95)  # of the probability that is asked for
+_FIRST_FLOOR = 0.5
 _MAY_WASTE = 0.3  # share of the bytes: above it more probability is asked for
 _DEADLINE = 1e-6  # of benefit, a layer: among equals the sooner needed first
 
@@ -26,13 +31,16 @@ class Prefetcher:
 
     def __init__(self, cache: ExpertCache, num_layers: int, *, clock: Callable[[], float] = time.perf_counter) -> None:
         """`num_layers`: those with experts, which take turns."""
-        self.floor = _FLOORS[0]
+        self.floor = _FIRST_FLOOR
         self._cache = cache
         self._clock = clock
         self._compute_s = [0.0] * num_layers  # from one layer call to the next but for waiting, averaged
         self._turn = 0  # layer calls so far: the common time of all deadlines
         self._since: tuple[int, float, float] | None = None  # layer, time and stall at the last call
-        self._reviewed = (0, 0)  # useful or late, wasted
+        self._reviewed = (0, 0, 0)  # useful, late, wasted at the last review
+        self._num_steps = self._asleep_for = 0
+        self._cost_s = self._stall_share = 0.0
+        self._last_end: tuple[float, float] | None = None  # time and stall
 
     def layer_begins(self, index: int) -> None:
         """The layer call of the `index`-th layer with experts begins."""
@@ -48,7 +56,30 @@ class Prefetcher:
     def step_ends(self) -> None:
         """What comes until the next layer call is not this layer's compute."""
         self._since = None
+        now, stall = self._clock(), self._cache.stall_s
+        if self._last_end is not None:
+            then, stalled = self._last_end
+            share = (stall - stalled) / max(now - then, 1e-9)
+            self._stall_share += (share - self._stall_share) * _STALL_WEIGHT
+        self._last_end = (now, stall)
+        self._asleep_for = max(0, self._asleep_for - 1)
         self._review()
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether to foretell in this step: compute has waited, and foretelling has not cost more than it saved."""
+        return self._asleep_for == 0 and self._stall_share > _WAITED
+
+    @contextmanager
+    def counting_cost(self) -> Iterator[None]:
+        """Around what foretelling takes."""
+        started = self._clock()
+        yield
+        self._cost_s += self._clock() - started
+
+    def cancel(self, layer: int, but: Collection[ExpertKey]) -> None:
+        """What is on its way to a layer that is routed now, and not asked for, is not needed."""
+        self._cache.cancel_prefetches(layer, but)
 
     def foretold(self, distance: int, num_predicted: int, num_routed: int) -> None:
         """Of a layer's routed experts so many had been predicted that many layers ahead."""
@@ -69,12 +100,10 @@ class Prefetcher:
         transfer = self._cache.transfer
         nbytes = self._cache.record_nbytes
         if transfer.bandwidth is None:
-            room: float = (
-                transfer.depth * nbytes - transfer.in_flight_nbytes
-            )  # not measured yet: as many as are read at once
+            admitted = float(transfer.depth * nbytes)  # not measured yet: as many as are read at once
         else:
-            room = transfer.bandwidth * self.window_s(index, distance) - transfer.in_flight_nbytes
-        num = int(room // nbytes)
+            admitted = transfer.bandwidth * self.window_s(index, distance)
+        num = int((admitted - transfer.in_flight_nbytes) // nbytes)
         if num <= 0:
             return 0
         likely = [candidate for candidate in candidates if candidate[1] >= self.floor]
@@ -103,14 +132,24 @@ class Prefetcher:
         return self._cache.prefetch([(key, p - deadline) for key, p in chosen], distance, keep)
 
     def _review(self) -> None:
-        prefetch = self._cache.stats().prefetch.values()
-        used, wasted = sum(p.useful + p.late for p in prefetch), sum(p.wasted for p in prefetch)
-        now_used, now_wasted = used - self._reviewed[0], wasted - self._reviewed[1]
-        if now_used + now_wasted < _REVIEW:
+        """After so many steps of foretelling: raise or lower the floor, and sleep if it does not pay."""
+        if not self.is_worth_it:
             return
-        self._reviewed = (used, wasted)
+        self._num_steps += 1
+        if self._num_steps % _REVIEW:
+            return
+        counts = self._cache.stats().prefetch.values()
+        useful, late, wasted = (sum(getattr(c, name) for c in counts) for name in ("useful", "late", "wasted"))
+        before = self._reviewed
+        self._reviewed = (useful, late, wasted)
+        useful, late, wasted = useful - before[0], late - before[1], wasted - before[2]
         low, high = _FLOORS
-        if now_wasted > _MAY_WASTE * (now_used + now_wasted):
-            self.floor = min(high, self.floor * 1.25)
+        if wasted > _MAY_WASTE * (useful + late + wasted):
+            self.floor = min(high, self.floor * 1.5)
         else:
-            self.floor = max(low, self.floor / 1.1)
+            self.floor = max(low, self.floor / 1.2)
+        record_s = self._cache.record_nbytes / (self._cache.transfer.bandwidth or float("inf"))
+        saved_s = (useful + late / 2 - wasted / 2) * record_s  # what was not waited for, less what stood in the way
+        if saved_s < self._cost_s:
+            self._asleep_for = _SLEEP
+        self._cost_s = 0.0

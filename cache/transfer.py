@@ -20,6 +20,7 @@ from cache.link_speed import WEIGHT, DepthTrials, Rate
 
 OnDone = Callable[[ExpertReadError | None], None]
 
+_AHEAD_NBYTES = 2 * 1024**2  # of prefetches that are being read at most, or one record
 _TOGETHER_NBYTES = 1024**2  # at most in one read of neighbours: the first of them waits for the last
 
 
@@ -86,6 +87,7 @@ class TransferEngine:
         self._queued: dict[int, Ticket] = {}  # by position
         self._num_running = self._num_running_prefetches = 0
         self._is_closing = False
+        self._max_prefetches = max(1, _AHEAD_NBYTES // source.record_nbytes)
         self._link_is_busy = False
         self._num_demands_at_link = 0
         self._rate = Rate()
@@ -212,8 +214,8 @@ class TransferEngine:
         depth = self._depths.depth
         if self._demands:
             return self._demands.popleft() if self._num_running < depth else None
-        # a read that has begun cannot be overtaken: one place is left for demand
-        may_prefetch = self._num_running_prefetches < max(1, depth - 1) and self._num_running < depth
+        # a read that has begun cannot be overtaken, and takes its share of the device from a demand that comes meanwhile
+        may_prefetch = self._num_running_prefetches < self._max_prefetches and self._num_running < depth
         return heapq.heappop(self._prefetches)[2] if self._prefetches and may_prefetch else None
 
     def _with_neighbours(self, ticket: Ticket) -> list[Ticket]:

@@ -39,6 +39,8 @@ class OfflineResult(msgspec.Struct, frozen=True, kw_only=True):
     decode_step_ms: float
     outside_kernels: float  # share of a decode step
     stall: float  # share of a decode step in which compute waited for experts
+    hit_rate: float  # of the experts that decode asked for; 1.0 if all are in memory
+    read_mb_per_token: float  # of experts, in decode
     of_reading_once: float | None  # speed of one sequence, 1.0 if a step took as long as reading its weights once
 
 
@@ -89,6 +91,7 @@ class Workload:
 
     prompt_tokens: int = 128
     output_tokens: int = 64
+    temperature: float = 0.0  # random weights repeat themselves at 0, and then need few experts
 
 
 def bench_offline(
@@ -97,12 +100,16 @@ def bench_offline(
     *,
     random_shape: str | None = None,
     num_layers: int | None = None,
+    routing_skew: float = 0.0,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[OfflineResult]:
     """Measure each batch size in turn. `random_shape` takes the place of config.model by random weights."""
     scheduler = replace(config.scheduler, max_num_seqs=max(batch_sizes))
-    with _engine(replace(config, scheduler=scheduler), random_shape, num_layers, progress) as (engine, backend):
+    with _engine(replace(config, scheduler=scheduler), random_shape, num_layers, routing_skew, progress) as (
+        engine,
+        backend,
+    ):
         _warm_up(engine, backend, workload)
         for num_seqs in batch_sizes:
             yield _run(engine, backend, num_seqs, workload, seed=num_seqs)
@@ -122,6 +129,7 @@ def _engine(
     config: EngineConfig,
     random_shape: str | None,
     num_layers: int | None,
+    routing_skew: float,
     progress: Callable[[str, int, int], None] | None,
 ) -> Iterator[tuple[Engine, _TimedBackend]]:
     threads = config.num_threads or len(os.sched_getaffinity(0))
@@ -130,7 +138,7 @@ def _engine(
         if random_shape is None:
             engine = Engine(config, progress, backend=backend)  # type: ignore[arg-type]  # methods are set, not defined
         else:
-            checkpoint = SyntheticCheckpoint(random_shape, num_layers, Path(scratch))
+            checkpoint = SyntheticCheckpoint(random_shape, num_layers, Path(scratch), routing_skew)
             config = replace(config, model=Path(scratch), cache=replace(config.cache, packed_dir=None))
             engine = Engine(
                 config,
@@ -147,7 +155,9 @@ def _engine(
 
 def _run(engine: Engine, backend: _TimedBackend, num_seqs: int, workload: Workload, seed: int) -> OfflineResult:
     rng = random.Random(seed)
-    params = SamplingParams(temperature=0.0, max_tokens=workload.output_tokens, ignore_eos=True)
+    params = SamplingParams(
+        temperature=workload.temperature, max_tokens=workload.output_tokens, ignore_eos=True, seed=seed
+    )
     for i in range(num_seqs):
         prompt = [rng.randrange(engine.info.vocab_size) for _ in range(workload.prompt_tokens)]
         engine.add_request(f"bench{seed}-{i}", prompt, params)
@@ -156,6 +166,7 @@ def _run(engine: Engine, backend: _TimedBackend, num_seqs: int, workload: Worklo
         engine.step()
     prefill_s = time.perf_counter() - started
     steps, outside, stalls = [], [], []
+    cache_before = engine.stats().expert_cache
     reading_s = _reading_s(engine, backend) if num_seqs == 1 else None
     while engine.has_work:
         before, kernels_before = _stall_s(engine), backend.seconds
@@ -165,6 +176,9 @@ def _run(engine: Engine, backend: _TimedBackend, num_seqs: int, workload: Worklo
         stall = _stall_s(engine) - before
         stalls.append(stall / steps[-1])
         outside.append(1.0 - (backend.seconds - kernels_before + stall) / steps[-1])
+    cache = engine.stats().expert_cache
+    queries = cache.decode.queries - cache_before.decode.queries
+    num_tokens = num_seqs * (workload.output_tokens - 1)
     step_s = statistics.median(steps) if steps else float("nan")
     return OfflineResult(
         num_seqs=num_seqs,
@@ -173,6 +187,8 @@ def _run(engine: Engine, backend: _TimedBackend, num_seqs: int, workload: Worklo
         decode_step_ms=step_s * 1e3,
         outside_kernels=statistics.median(outside) if outside else float("nan"),
         stall=statistics.median(stalls) if stalls else float("nan"),
+        hit_rate=(cache.decode.hits - cache_before.decode.hits) / queries if queries else 1.0,
+        read_mb_per_token=(cache.fetched_nbytes - cache_before.fetched_nbytes) / 1e6 / num_tokens,
         of_reading_once=None if reading_s is None else reading_s / step_s,
     )
 

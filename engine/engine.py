@@ -73,9 +73,10 @@ class Engine:
         self._experts: ExpertArena | None = None
         if spec.moe is not None:
             self._experts = open_experts(checkpoint, config.cache, available, progress)
-        foresight = make_foresight(config.cache.predictor, spec, self._experts)
+        foresight = make_foresight(config.cache.predictor, spec, self._experts, checkpoint, backend)
         self._recorder = _recorder(config, spec)
         observers = [observer for observer in (foresight, self._recorder) if observer is not None]
+        self._observer = Observers(observers) if observers else None
         model = load_decoder(
             checkpoint,
             spec,
@@ -84,7 +85,7 @@ class Engine:
             backend,
             self._experts,
             progress,
-            observer=Observers(observers) if observers else None,
+            observer=self._observer,
         )
         self._runner = ModelRunner(model, KVCache(spec, num_blocks, dtype))
         self._blocks = BlockManager(num_blocks, BLOCK_SIZE)
@@ -156,6 +157,8 @@ class Engine:
             self.scheduler.remove(request)
             if self._experts is not None:
                 self._experts.cache.ended(request.number)
+            if self._observer is not None:
+                self._observer.request_ends(request.number)
 
     def step(self) -> list[RequestOutput]:
         """Compute one step and return what is new of each request that got a token or ended."""

@@ -2,22 +2,85 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache.predictors import PREDICTORS
+from cache.predictors.fusion import Fusion
 from cache.prefetcher import Prefetcher
+from engine.checkpoint import Checkpoint
 from engine.errors import ConfigError
-from engine.layers.foresight import ExactForesight, RoutingObserver
+from engine.layers.foresight import MAX_DISTANCE, ExactForesight, Gate, LearnedForesight, RoutingObserver
 from engine.layers.moe import ExpertArena
 from engine.loader import expert_keys
-from engine.models.spec import ModelSpec
+from engine.models.spec import ModelSpec, MoeSpec
+from kernels.backend import Backend, Linear
 
-PREDICTORS = ("auto", "off")
+
+class StackedGate:
+    """One product for the logits of several layers ahead."""
+
+    def __init__(self, linears: list[Linear | None], num_experts: int) -> None:
+        """`linears`: of each layer, to the logits [D * E] of those after it; None: nothing is known from there."""
+        self._linears = linears
+        self._num_experts = num_experts
+
+    def __call__(self, index: int, x: Tensor) -> NDArray[np.float32] | None:
+        linear = self._linears[index]
+        if linear is None:
+            return None
+        logits = linear(x).view(len(x), -1, self._num_experts)
+        return np.asarray(logits.transpose(0, 1).numpy(), dtype=np.float32)
 
 
-def make_foresight(predictor: str, spec: ModelSpec, experts: ExpertArena | None) -> RoutingObserver | None:
-    """`auto`: exact where the model is pre-gated. Raises `ConfigError` for a name that is not known."""
-    if predictor not in PREDICTORS:
-        raise ConfigError(f"unknown predictor {predictor!r}; known: {', '.join(PREDICTORS)}")
-    if predictor == "off" or experts is None or spec.moe is None or spec.pregate is None:
-        return None
+def make_foresight(
+    predictor: str, spec: ModelSpec, experts: ExpertArena | None, checkpoint: Checkpoint, backend: Backend
+) -> RoutingObserver | None:
+    """What reads experts ahead. Raises `ConfigError` for a name that is not known.
+
+    `predictor`: off, one of `cache.predictors.PREDICTORS`, several joined by +, or auto: exact where the model is
+    pre-gated, else nothing where all experts fit in memory, else all that are there, fused.
+    """
+    names = list(PREDICTORS) if predictor == "auto" else predictor.split("+")
+    if predictor != "off" and (unknown := [name for name in names if name not in PREDICTORS]):
+        raise ConfigError(f"unknown predictor {unknown[0]!r}; known: auto, off, {', '.join(PREDICTORS)}, or a+b")
     moe = spec.moe
+    if predictor == "off" or experts is None or moe is None:
+        return None
     prefetcher = Prefetcher(experts.cache, len(moe.layers))
-    return ExactForesight(prefetcher, [expert_keys(moe, layer) for layer in moe.layers])
+    keys = [expert_keys(moe, layer) for layer in moe.layers]
+    if spec.pregate is not None:
+        return ExactForesight(prefetcher, keys)
+    if experts.cache.stats().num_slots >= sum(map(len, keys)):
+        return None
+    gates: dict[str, Gate] = {}
+    if "stale_gate" in names:
+        gates["stale_gate"] = _stale_gate(spec, moe, checkpoint, backend)
+    names = [name for name in names if name in gates or name not in ("stale_gate", "probe")]
+    if not names:
+        raise ConfigError("this model has no probe: run `foregate train-predictor` first, or choose another predictor")
+    shape = (len(moe.layers), moe.num_experts, moe.num_active)
+    fusion = Fusion([PREDICTORS[name](*shape) for name in names], shape, MAX_DISTANCE)
+    return LearnedForesight(prefetcher, keys, fusion, gates)
+
+
+def _stale_gate(spec: ModelSpec, moe: MoeSpec, checkpoint: Checkpoint, backend: Backend) -> Gate:
+    """The later layers' own routers."""
+    shape = (moe.num_experts, spec.hidden_size)
+    names = [moe.router.format(layer=layer) for layer in moe.layers]
+    weights = [checkpoint.tensor(f"{name}.weight", shape, torch.float32) for name in names]
+    no_bias = torch.zeros(moe.num_experts)
+    biases = [
+        checkpoint.tensor(f"{name}.bias", shape[:1], torch.float32) if moe.router_bias else no_bias for name in names
+    ]
+    linears: list[Linear | None] = []
+    for index in range(len(moe.layers)):
+        after = slice(index + 1, index + 1 + MAX_DISTANCE)
+        linears.append(
+            backend.make_linear(torch.cat(weights[after]), torch.cat(biases[after]), "float32")
+            if weights[after]
+            else None
+        )
+    return StackedGate(linears, moe.num_experts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -72,8 +73,12 @@ _POOL_SIZE = 1 << 22
 class SyntheticCheckpoint(Checkpoint):
     """Weights are windows of one pool of normal numbers, scaled so that activations stay of order one."""
 
-    def __init__(self, shape: str, num_layers: int | None, directory: Path) -> None:
-        """`directory` is where packed experts go. Raises `ConfigError` for an unknown shape."""
+    def __init__(self, shape: str, num_layers: int | None, directory: Path, routing_skew: float = 0.0) -> None:
+        """`directory` is where packed experts go. Raises `ConfigError` for an unknown shape.
+
+        `routing_skew`: spread of a bias that each expert has in its router, beside logits of spread one: 0 uses all
+        experts alike, which no trained model does.
+        """
         if shape not in SHAPES:
             raise ConfigError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
         self.directory = directory
@@ -82,6 +87,9 @@ class SyntheticCheckpoint(Checkpoint):
             self.config["num_hidden_layers"] = num_layers
         self.model_type = str(self.config["model_type"])
         self.spec = FAMILIES[self.model_type](self.config)
+        self._routing_skew = routing_skew
+        if routing_skew and self.spec.moe is not None:
+            self.spec = replace(self.spec, moe=replace(self.spec.moe, router_bias=True))
         self._pool = torch.randn(_POOL_SIZE, generator=torch.Generator().manual_seed(0))
 
     def __contains__(self, name: str) -> bool:
@@ -94,6 +102,10 @@ class SyntheticCheckpoint(Checkpoint):
         start = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") % (_POOL_SIZE // 2)
         window = self._pool[start : start + _POOL_SIZE // 2]
         values: Tensor = window.repeat(-(-size // len(window)))[:size].view(shape)
+        if name.endswith(".bias"):
+            return values.mul(self._routing_skew)
+        if name.endswith("embed_tokens.weight"):  # as large as what layers add, so that a token's routing is its own
+            return values.clone()
         return values.mul(shape[-1] ** -0.5)
 
     def close(self) -> None:

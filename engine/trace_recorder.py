@@ -58,6 +58,9 @@ class TraceRecorder:
         if self._left <= 0:
             _log.warning("routing trace %s is full: what follows is not recorded", self._path.name)
 
+    def request_ends(self, number: int) -> None:
+        """Nothing: its tokens stay."""
+
     def close(self) -> None:
         """Write the file."""
         trace = self.trace()

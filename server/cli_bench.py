@@ -63,9 +63,13 @@ def offline(
     model: Model = "demo",
     random: RandomShape = None,
     layers: Layers = None,
+    routing_skew: Annotated[
+        float, typer.Option(min=0.0, help="With --random: spread of the experts' popularity, in spreads of a logit.")
+    ] = 0.0,
     seqs: Annotated[str, typer.Option(help="Numbers of sequences at once.")] = "1,2,4,8,16,32",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="In each prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=2, help="Of each sequence.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Above 0 random weights do not repeat themselves.")] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     dtype: Dtype = "auto",
     experts: Experts = "auto",
@@ -104,19 +108,20 @@ def offline(
             link_bandwidth=link_bandwidth,
         ),
     )
-    workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, temperature=temperature)
     results = bench_offline(
         config,
         workload,
         random_shape=random,
         num_layers=layers,
+        routing_skew=routing_skew,
         batch_sizes=_numbers("--seqs", seqs),
         progress=ProgressDisplay(),
     )
     if not json:
         typer.echo(
-            f"{'seqs':>4} {'prefill tok/s':>14} {'decode tok/s':>13} {'step ms':>8} {'outside':>8} {'stall':>6} "
-            f"{'of reading':>10}"
+            f"{'seqs':>4} {'prefill tok/s':>14} {'decode tok/s':>13} {'step ms':>8} {'outside':>8} "
+            f"{'stall':>6} {'hits':>6} {'MB/tok':>7} {'of reading':>10}"
         )
     for r in results:
         if json:
@@ -124,7 +129,7 @@ def offline(
         else:
             typer.echo(
                 f"{r.num_seqs:4} {r.prefill_tokens_per_s:14.1f} {r.decode_tokens_per_s:13.1f} {r.decode_step_ms:8.1f} "
-                f"{r.outside_kernels:8.1%} {r.stall:6.1%} "
+                f"{r.outside_kernels:8.1%} {r.stall:6.1%} {r.hit_rate:6.1%} {r.read_mb_per_token:7.1f} "
                 + (f"{r.of_reading_once:10.1%}" if r.of_reading_once is not None else f"{'':10}")
             )
 

@@ -1,16 +1,25 @@
-"""Who watches the routing as it happens: what foretells the coming layers' to the prefetcher, and what records it."""
+"""Who watches the routing as it happens, and what foretells the coming layers' to the prefetcher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.expert_key import ExpertKey
+from cache.predictors.fusion import Fusion, used_by_any
+from cache.predictors.predictor import View
 from cache.prefetcher import Prefetcher
 from engine.batch import Batch
 from kernels.backend import Routing
+
+MAX_DISTANCE = 4  # layers ahead that are foretold
+MAX_ROWS = 64  # of a step that are looked at: a prompt's chunk needs most experts anyway
+KEPT = 0.5  # probability from which on an expert makes no room for a later layer's
 
 
 class RoutingObserver(Protocol):
@@ -24,6 +33,9 @@ class RoutingObserver(Protocol):
 
     def step_ends(self) -> None:
         """The last layer is computed."""
+
+    def request_ends(self, number: int) -> None:
+        """Nothing more will come of a request."""
 
 
 class Observers:
@@ -43,6 +55,10 @@ class Observers:
     def step_ends(self) -> None:
         for observer in self._observers:
             observer.step_ends()
+
+    def request_ends(self, number: int) -> None:
+        for observer in self._observers:
+            observer.request_ends(number)
 
 
 class ExactForesight:
@@ -79,6 +95,9 @@ class ExactForesight:
     def step_ends(self) -> None:
         self._prefetcher.step_ends()
 
+    def request_ends(self, number: int) -> None:
+        """Nothing: every step is known anew."""
+
     def _prefetch(self, index: int) -> None:
         """Top up what is on its way, nearest layer first; what this step still needs makes no room for it."""
         self._next = max(self._next, index + 1)
@@ -87,3 +106,78 @@ class ExactForesight:
             if not self._prefetcher.offer_certain(self._next - index, self._wanted[self._next], keep):
                 return
             self._next += 1
+
+
+class Gate(Protocol):
+    """A linear map from a layer's router input to logits of the layers after it."""
+
+    def __call__(self, index: int, x: Tensor) -> NDArray[np.float32] | None:
+        """x [T, H] of the `index`-th layer with experts -> [D, T, E] of the D after it; None if it knows none."""
+        ...
+
+
+class LearnedForesight:
+    """Of a model whose layers route themselves: what its predictors expect, as far as the link has room."""
+
+    def __init__(
+        self,
+        prefetcher: Prefetcher,
+        keys: Sequence[Sequence[ExpertKey]],
+        fusion: Fusion,
+        gates: dict[str, Gate],
+    ) -> None:
+        """`keys`: of each layer with experts, in the router's order."""
+        self._prefetcher = prefetcher
+        self._keys = keys
+        self._fusion = fusion
+        self._gates = gates
+        self._rows = np.zeros(0, dtype=np.int64)  # of the step that are looked at
+        self._scale = 1.0  # rows of the step for each of those
+        self._view: View | None = None  # of this step; None while nothing is foretold
+
+    def step_begins(self, batch: Batch) -> None:
+        self._view = None
+        if not self._prefetcher.is_worth_it:
+            return
+        with self._prefetcher.counting_cost():
+            self._fusion.step_begins()
+            num_rows = len(batch.requests)
+            self._rows = np.linspace(0, num_rows - 1, min(num_rows, MAX_ROWS)).astype(np.int64)
+            self._scale = num_rows / len(self._rows)
+            tokens = batch.token_ids.numpy()[self._rows].tolist()
+            self._view = View(-1, [batch.requests[row] for row in self._rows.tolist()], tokens)
+            self._foretell(self._view)
+
+    def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
+        self._prefetcher.layer_begins(index)
+        if self._view is None:
+            return
+        with self._prefetcher.counting_cost():
+            keys = self._keys[index]
+            self._prefetcher.cancel(keys[0].layer, {keys[expert] for expert in routing.experts})
+            chosen = np.zeros((len(self._rows), len(keys)), dtype=np.bool_)
+            np.put_along_axis(chosen, routing.ids.numpy()[self._rows].astype(np.int64), True, axis=1)
+            for distance, counts in self._fusion.observe(index, self._view, chosen).items():
+                self._prefetcher.foretold(distance, *counts)
+            if index + 1 < len(self._keys):
+                few = x if len(self._rows) == len(x) else x[torch.from_numpy(self._rows)]
+                outputs = {name: gate(index, few) for name, gate in self._gates.items()}
+                known = {name: output for name, output in outputs.items() if output is not None}
+                self._foretell(View(index, self._view.requests, self._view.token_ids, known))
+
+    def step_ends(self) -> None:
+        self._prefetcher.step_ends()
+
+    def request_ends(self, number: int) -> None:
+        self._fusion.ended(number)
+
+    def _foretell(self, view: View) -> None:
+        """Offer what the next layers are likely to ask for, nearest first; the sooner ones' makes no room for later."""
+        keep: set[ExpertKey] = set()
+        likely = used_by_any(self._fusion.predict(view), self._scale)
+        for distance, of_layer in enumerate(likely, start=1):
+            keys = self._keys[view.index + distance]
+            found = np.flatnonzero(of_layer >= self._prefetcher.floor).tolist()
+            candidates = [(keys[i], float(of_layer[i])) for i in found]
+            self._prefetcher.offer(max(view.index, 0), distance, candidates, keep)
+            keep.update(key for key, probability in candidates if probability >= KEPT)

@@ -219,17 +219,60 @@ def test_bytes_in_flight_count_against_the_window(open_cache, monkeypatch):
     lease.release()
 
 
-def test_the_improbable_is_not_read_and_waste_raises_the_bar(open_cache, monkeypatch):
+class Steps:
+    """Ends steps of a second each, in half of which compute waits."""
+
+    def __init__(self, one, monkeypatch) -> None:
+        self.clock, self.stall_s = _Clock(), 0.0
+        monkeypatch.setattr(type(one.cache), "stall_s", property(lambda _: self.stall_s))
+        monkeypatch.setattr(type(one.cache.transfer), "bandwidth", property(lambda _: RECORD_NBYTES * 100.0))
+        self.prefetcher = Prefetcher(one.cache, 3, clock=self.clock)
+
+    def end(self, num_steps: int = 1, cost_s: float = 0.0, waits: bool = True) -> None:
+        for _ in range(num_steps):
+            with self.prefetcher.counting_cost():
+                self.clock.now += cost_s
+            self.clock.now += 1.0
+            self.stall_s += 0.5 * waits
+            self.prefetcher.step_ends()
+
+
+def test_nothing_is_foretold_where_compute_does_not_wait(open_cache, monkeypatch):
+    steps = Steps(open_cache(4), monkeypatch)
+    steps.end(10, waits=False)
+    assert not steps.prefetcher.is_worth_it
+    steps.end(2)
+    assert steps.prefetcher.is_worth_it
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_waste_raises_the_bar_and_use_lowers_it(open_cache, monkeypatch, is_used: bool):
     one = open_cache(2)
-    prefetcher = measured(one, monkeypatch, bandwidth=1e9, layer_s=1.0)
-    assert prefetcher.offer(0, 1, [(key(0, 1), 0.01)]) == 0
-    before = prefetcher.floor
-    for i in range(70):
-        prefetcher.offer(0, 1, [(key(i % 8, 1 + i // 8 % 2), 0.9)])
+    steps = Steps(one, monkeypatch)
+    before = steps.prefetcher.floor
+    assert steps.prefetcher.offer(0, 1, [(key(0, 1), before - 0.01)]) == 0
+    for i in range(34):
+        one.cache.prefetch([(key(i % 8, 1 + i // 8 % 2), 0.9)], distance=1)
         wait_until(lambda: one.cache.transfer.in_flight_nbytes == 0)
-        one.use(key(i % 8), key((i + 1) % 8))
-    prefetcher.step_ends()
-    assert prefetcher.floor > before
+        one.use(*([key(i % 8, 1 + i // 8 % 2)] if is_used else [key(i % 8), key((i + 1) % 8)]))
+        steps.end()
+    assert (steps.prefetcher.floor < before) == is_used
+    assert steps.prefetcher.floor != before
+
+
+@pytest.mark.parametrize(("cost_s", "pays"), [(0.001, True), (0.5, False)])
+def test_what_costs_more_than_it_saves_sleeps(open_cache, monkeypatch, cost_s: float, pays: bool):
+    one = open_cache(2)
+    steps = Steps(one, monkeypatch)
+    for i in range(34):  # each saves the hundredth of a second that a record takes
+        one.cache.prefetch([(key(i % 8, 2), 0.9)], distance=1)
+        wait_until(lambda: one.cache.transfer.in_flight_nbytes == 0)
+        one.use(key(i % 8, 2))
+        steps.end(cost_s=cost_s)
+    assert steps.prefetcher.is_worth_it == pays
+    if not pays:  # and is tried again later
+        steps.end(256)
+        assert steps.prefetcher.is_worth_it
 
 
 def test_the_certain_are_kept_short_in_the_queue_and_all_come_in_the_end(open_cache, monkeypatch):

@@ -7,8 +7,10 @@ import pytest
 
 from cache.trace import load
 from engine.errors import ConfigError
+from kernels.quant.formats import FORMATS
 from tests.engine.conftest import greedy, run_all, tokens_of
 from tests.engine.test_models import random_prompt
+from tests.engine.test_offload import logprobs_of
 
 
 def test_a_recorded_trace_has_every_token_of_every_request_once(checkpoint, make_engine, tmp_path):
@@ -43,6 +45,23 @@ def test_a_trace_that_cannot_be_written_is_refused_at_the_start(checkpoint, make
         make_engine(checkpoint("olmoe")[0], record_trace=tmp_path / "file" / "trace.npz")
     with pytest.raises(ConfigError, match="no experts whose routing could be recorded"):
         make_engine(checkpoint("llama-llama3-rope")[0], record_trace=tmp_path / "trace.npz")
+
+
+@pytest.mark.parametrize("predictor", ["off", "stale_gate", "history+token", "auto"])
+def test_tokens_and_logprobs_are_the_same_bits_whatever_is_read_ahead(checkpoint, make_engine, predictor: str):
+    directory, _ = checkpoint("olmoe")
+    requests = {f"r{i}": (random_prompt(5 + 9 * i, seed=i), greedy(24, logprobs=0)) for i in range(3)}
+    expected = run_all(make_engine(directory), requests)
+    record = FORMATS["float32"].layout(64, 32).nbytes
+    engine = make_engine(
+        directory, cache={"memory_nbytes": 12 * record, "predictor": predictor, "link_bandwidth": 2000.0 * record}
+    )
+    outputs = run_all(engine, requests)
+    for r in requests:
+        assert tokens_of(outputs[r]) == tokens_of(expected[r])
+        assert logprobs_of(outputs[r]) == logprobs_of(expected[r])
+    prefetch = engine.stats().expert_cache.prefetch
+    assert bool(sum(p.issued for p in prefetch.values())) == (predictor != "off")
 
 
 def test_an_unknown_predictor_is_answered_with_the_known_ones(checkpoint, make_engine):
