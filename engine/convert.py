@@ -40,8 +40,7 @@ def ensure_packed(
     if moe is None:
         raise CheckpointError(f"{checkpoint.directory.name} has no experts to pack")
     layout = expert_layout(checkpoint, format)
-    name = checkpoint.directory.resolve().name
-    path = (packed_dir / name if packed_dir else checkpoint.directory / "foregate") / f"experts.{format}.safetensors"
+    path = packed_path(checkpoint, format, packed_dir)
     if path.exists():
         header = read_packed_header(path)
         if header.source == checkpoint.fingerprint:
@@ -61,6 +60,12 @@ def ensure_packed(
     finally:
         checkpoint.close()
     return path
+
+
+def packed_path(checkpoint: Checkpoint, format: str, packed_dir: Path | None) -> Path:
+    """Where a checkpoint's experts of a format are packed."""
+    directory = packed_dir / checkpoint.directory.resolve().name if packed_dir else checkpoint.directory / "foregate"
+    return directory / f"experts.{format}.safetensors"
 
 
 def expert_layout(checkpoint: Checkpoint, format: str) -> RecordLayout:

@@ -20,7 +20,7 @@ from engine.detokenizer import Detokenizer
 from engine.errors import ConfigError, InvalidRequest
 from engine.foresight import make_foresight
 from engine.kv_cache import BLOCK_SIZE, KVCache, kv_block_nbytes
-from engine.layers.foresight import Observers
+from engine.layers.foresight import Observers, RoutingObserver
 from engine.layers.moe import ExpertArena, ExpertFailure
 from engine.loader import free_memory_nbytes, kv_dtype, load_decoder, open_experts
 from engine.messages import EngineStats, FinishReason, ModelInfo, PositionLogprobs, RequestOutput, TokenLogprob
@@ -53,8 +53,10 @@ class Engine:
         checkpoint: Checkpoint | None = None,
         tokenizer: TokenDecoder | None = None,
         backend: Backend | None = None,
+        observer: RoutingObserver | None = None,
     ) -> None:
-        """`checkpoint`, `tokenizer` and `backend` stand in for what the configuration names."""
+        """`checkpoint`, `tokenizer` and `backend` stand in for what the configuration names; `observer` sees every
+        layer call."""
         checkpoint = checkpoint or Checkpoint(config.model)
         spec = checkpoint.spec.with_router(config.router)
         config = config.resolved(spec.moe is not None)
@@ -73,9 +75,9 @@ class Engine:
         self._experts: ExpertArena | None = None
         if spec.moe is not None:
             self._experts = open_experts(checkpoint, config.cache, available, progress)
-        foresight = make_foresight(config.cache.predictor, spec, self._experts, checkpoint, backend)
+        foresight = make_foresight(config, spec, self._experts, checkpoint, backend)
         self._recorder = _recorder(config, spec)
-        observers = [observer for observer in (foresight, self._recorder) if observer is not None]
+        observers = [one for one in (foresight, self._recorder, observer) if one is not None]
         self._observer = Observers(observers) if observers else None
         model = load_decoder(
             checkpoint,

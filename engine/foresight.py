@@ -11,11 +11,13 @@ from cache.predictors import PREDICTORS
 from cache.predictors.fusion import Fusion
 from cache.prefetcher import Prefetcher
 from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.layers.foresight import MAX_DISTANCE, ExactForesight, Gate, LearnedForesight, RoutingObserver
 from engine.layers.moe import ExpertArena
 from engine.loader import expert_keys
 from engine.models.spec import ModelSpec, MoeSpec
+from engine.probe_file import load_probe, probe_path
 from kernels.backend import Backend, Linear
 
 
@@ -36,13 +38,15 @@ class StackedGate:
 
 
 def make_foresight(
-    predictor: str, spec: ModelSpec, experts: ExpertArena | None, checkpoint: Checkpoint, backend: Backend
+    config: EngineConfig, spec: ModelSpec, experts: ExpertArena | None, checkpoint: Checkpoint, backend: Backend
 ) -> RoutingObserver | None:
     """What reads experts ahead. Raises `ConfigError` for a name that is not known.
 
-    `predictor`: off, one of `cache.predictors.PREDICTORS`, several joined by +, or auto: exact where the model is
-    pre-gated, else nothing where all experts fit in memory, else all that are there, fused.
+    The configured predictor is off, one of `cache.predictors.PREDICTORS`, several joined by +, or auto, all that the
+    model has, fused. A pre-gated model's routing is known, and needs none; where all experts fit in memory nothing is
+    read ahead.
     """
+    predictor = config.cache.predictor
     names = list(PREDICTORS) if predictor == "auto" else predictor.split("+")
     if predictor != "off" and (unknown := [name for name in names if name not in PREDICTORS]):
         raise ConfigError(f"unknown predictor {unknown[0]!r}; known: auto, off, {', '.join(PREDICTORS)}, or a+b")
@@ -58,16 +62,18 @@ def make_foresight(
     gates: dict[str, Gate] = {}
     if "stale_gate" in names:
         gates["stale_gate"] = _stale_gate(spec, moe, checkpoint, backend)
+    if "probe" in names and (probe := _probe(config, moe, checkpoint, backend)) is not None:
+        gates["probe"] = probe
     names = [name for name in names if name in gates or name not in ("stale_gate", "probe")]
-    if not names:
+    if predictor != "auto" and "probe" in predictor.split("+") and "probe" not in gates:
         raise ConfigError("this model has no probe: run `foregate train-predictor` first, or choose another predictor")
     shape = (len(moe.layers), moe.num_experts, moe.num_active)
     fusion = Fusion([PREDICTORS[name](*shape) for name in names], shape, MAX_DISTANCE)
     return LearnedForesight(prefetcher, keys, fusion, gates)
 
 
-def _stale_gate(spec: ModelSpec, moe: MoeSpec, checkpoint: Checkpoint, backend: Backend) -> Gate:
-    """The later layers' own routers."""
+def gate_weights(spec: ModelSpec, moe: MoeSpec, checkpoint: Checkpoint) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers' own routers: weight [E, H] and bias [E] of each."""
     shape = (moe.num_experts, spec.hidden_size)
     names = [moe.router.format(layer=layer) for layer in moe.layers]
     weights = [checkpoint.tensor(f"{name}.weight", shape, torch.float32) for name in names]
@@ -75,12 +81,24 @@ def _stale_gate(spec: ModelSpec, moe: MoeSpec, checkpoint: Checkpoint, backend: 
     biases = [
         checkpoint.tensor(f"{name}.bias", shape[:1], torch.float32) if moe.router_bias else no_bias for name in names
     ]
-    linears: list[Linear | None] = []
-    for index in range(len(moe.layers)):
+    return weights, biases
+
+
+def _stale_gate(spec: ModelSpec, moe: MoeSpec, checkpoint: Checkpoint, backend: Backend) -> Gate:
+    weights, biases = gate_weights(spec, moe, checkpoint)
+    parts: list[tuple[Tensor, Tensor] | None] = []
+    for index in range(len(weights)):
         after = slice(index + 1, index + 1 + MAX_DISTANCE)
-        linears.append(
-            backend.make_linear(torch.cat(weights[after]), torch.cat(biases[after]), "float32")
-            if weights[after]
-            else None
-        )
-    return StackedGate(linears, moe.num_experts)
+        parts.append((torch.cat(weights[after]), torch.cat(biases[after])) if weights[after] else None)
+    return _stacked(parts, moe.num_experts, backend)
+
+
+def _probe(config: EngineConfig, moe: MoeSpec, checkpoint: Checkpoint, backend: Backend) -> Gate | None:
+    parts = load_probe(probe_path(config.cache, checkpoint), checkpoint, len(moe.layers))
+    return None if parts is None else _stacked(parts, moe.num_experts, backend)
+
+
+def _stacked(parts: list[tuple[Tensor, Tensor] | None], num_experts: int, backend: Backend) -> Gate:
+    return StackedGate(
+        [None if part is None else backend.make_linear(part[0], part[1], "float32") for part in parts], num_experts
+    )

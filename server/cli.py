@@ -255,6 +255,37 @@ def convert(
     typer.echo(packed)
 
 
+@app.command("train-predictor")
+def train_predictor(
+    model: Model = "demo",
+    experts: Experts = "auto",
+    packed_dir: PackedDir = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt a line, of the traffic to come [default: those of Foregate].")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=256, help="To learn from.")] = 16_384,
+    seed: Seed = None,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Learn to foretell the routing of MODEL, so that experts that do not fit in memory are read in time."""
+    start_logging(log_level)
+    from engine.train_predictor import train_predictor as train
+    from server.progress import ProgressDisplay
+
+    config = EngineConfig(
+        model=directory_of(model, Environment()), cache=CacheConfig(format=experts, packed_dir=packed_dir)
+    )
+    texts = [] if prompts is None else list(filter(None, prompts.read_text(encoding="utf-8").splitlines()))
+    with ProgressDisplay() as display:
+        path, recalls = train(config, prompts=texts, max_tokens=tokens, seed=seed or 0, progress=display)
+    for recall in recalls:
+        typer.echo(
+            f"{recall.distance} layers ahead: the probe foretells {recall.probe:.1%} of the routed experts, "
+            f"the later layers' own routers {recall.stale_gate:.1%}"
+        )
+    typer.echo(path)
+
+
 @app.command()
 def refactor(
     source: Annotated[Path, typer.Argument(help="A dense Llama checkpoint: a directory or a .gguf file.")],

@@ -20,12 +20,15 @@ SERVER_MAY_SEE = {
     "engine.hub",
     "engine.messages",
     "engine.perplexity",
+    "engine.train_predictor",
     "engine.refactor.command",
     "engine.sampling_params",
     "engine.synthetic",
     "engine.threads",
     "cache.packed_file",
+    "cache.replay",
     "cache.stats",
+    "cache.trace",
 }
 
 
