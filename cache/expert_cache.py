@@ -116,15 +116,16 @@ class ExpertCache:
     ) -> int:
         """Bring up experts, with the benefit of each, that a layer `distance` ahead will ask for; -> reads issued.
 
-        Nothing is evicted for them that is in use, on its way, or in `keep`; without a slot nothing is read.
+        Nothing is evicted for them that is in use, on its way, one of them or in `keep`; with no slot nothing is read.
         """
         num_issued = 0
+        stays = {key for key, _ in wanted}.union(keep)
         with self._changed:
             counters = self._prefetch_counters.setdefault(distance, PrefetchCounters())
             for key, benefit in wanted:
                 if key in self._entries:
                     continue
-                taken = self._take_slot(lambda other: self._evictable(other) and other not in keep)
+                taken = self._take_slot(lambda other: self._evictable(other) and other not in stays)
                 if taken is None:
                     break
                 entry = self._ahead[key] = self._load(key, taken, benefit, distance)
