@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -88,6 +89,63 @@ def test_a_corrupt_record_fails_the_requests_that_need_it_and_no_other(checkpoin
     for name in requests.keys() - failed:
         assert tokens_of(outputs[name]) == intact[name]
     assert engine.stats().expert_cache.read_retries > 0
+
+
+@pytest.fixture
+def offloaded(checkpoint, make_engine, tmp_path: Path):
+    """An engine that reads experts from disk all the time, its packed file, and what it answers."""
+    directory = Path(shutil.copytree(checkpoint("olmoe")[0], tmp_path / "model"))
+    path = convert(directory, "float32")
+    requests = {f"r{i}": (random_prompt(5, seed=i), greedy(4)) for i in range(3)}
+    expected = {name: tokens_of(outputs) for name, outputs in run_all(make_engine(directory), requests).items()}
+    engine = make_engine(directory, cache={"memory_nbytes": 4 * read_packed_header(path).record_nbytes})
+    return engine, path, requests, expected
+
+
+def answers(engine, requests) -> dict[str, list[int]]:
+    return {name: tokens_of(outputs) for name, outputs in run_all(engine, requests).items()}
+
+
+def test_a_packed_file_that_is_replaced_while_in_use_is_read_on_as_it_was(offloaded):
+    engine, path, requests, expected = offloaded
+    assert answers(engine, requests) == expected
+    other = path.with_name("other")
+    other.write_bytes(bytes(path.stat().st_size))
+    other.replace(path)
+    assert answers(engine, requests) == expected
+
+
+def test_a_packed_file_that_is_overwritten_while_in_use_fails_requests_until_it_is_right_again(offloaded):
+    engine, path, requests, expected = offloaded
+    whole, header = path.read_bytes(), read_packed_header(path)
+    with path.open("r+b") as file:
+        file.seek(header.data_offset)
+        file.write(bytes(header.file_nbytes - header.data_offset))
+    outputs = run_all(engine, requests)
+    assert all("checksum does not match" in (parts[-1].error or "") for parts in outputs.values())
+    with path.open("r+b") as file:
+        file.write(whole)
+    assert answers(engine, requests) == expected
+
+
+@pytest.mark.parametrize(
+    ("failure", "why"),
+    [(OSError(errno.EIO, "Input/output error"), "disk read failed"), (0, "short read, 0 of")],
+)
+def test_a_disk_that_fails_fails_requests_and_only_while_it_does(offloaded, monkeypatch, failure, why: str):
+    engine, _, requests, expected = offloaded
+
+    def fail(*args: object) -> int:
+        if isinstance(failure, OSError):
+            raise failure
+        return failure
+
+    with monkeypatch.context() as broken:
+        broken.setattr("os.preadv", fail)
+        outputs = run_all(engine, requests)
+    assert all(why in (parts[-1].error or "") for parts in outputs.values())
+    assert engine.stats().expert_cache.read_errors > 0
+    assert answers(engine, requests) == expected
 
 
 _MEASURE = """
