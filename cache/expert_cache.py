@@ -304,6 +304,7 @@ class ExpertCache:
                 decode=self._counters["decode"].snapshot(),
                 fetches=self._transfer.num_reads,
                 fetched_nbytes=self._transfer.num_reads * self._store.record_nbytes,
+                fetched_ahead_nbytes=self._transfer.num_ahead * self._store.record_nbytes,
                 read_s=self._transfer.read_s,
                 read_retries=self._transfer.num_retries,
                 read_errors=self._transfer.num_errors,

@@ -33,6 +33,7 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     decode: PhaseStats = PhaseStats()
     fetches: int = 0  # records read from disk
     fetched_nbytes: int = 0
+    fetched_ahead_nbytes: int = 0  # of these, what was begun before anybody waited for it
     read_s: float = 0.0  # summed over I/O threads
     read_retries: int = 0
     read_errors: int = 0

@@ -92,6 +92,7 @@ class TransferEngine:
         self._num_demands_at_link = 0
         self._rate = Rate()
         self.queued_nbytes = self.running_nbytes = 0
+        self.num_ahead = 0  # records whose read began before anybody waited for them
         self.num_reads = self.num_retries = self.num_errors = self.num_cancelled = 0
         self.read_s = 0.0  # summed over threads
         self.latency_s = 0.0  # of one read, averaged
@@ -275,6 +276,7 @@ class TransferEngine:
             self._num_running_prefetches -= not is_demand
             self.running_nbytes -= nbytes
             self.num_reads += len(tickets)
+            self.num_ahead += 0 if is_demand else len(tickets)
             self.num_retries += num_retries
             self.num_errors += num_errors
             self.read_s += seconds

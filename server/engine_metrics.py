@@ -58,7 +58,10 @@ def engine_families(stats: EngineStats, labels: Mapping[str, str]) -> Iterator[M
         "expert_transfer_bytes",
         "Bytes of experts moved",
         ("link", "kind"),
-        {("disk", "demand"): experts.fetched_nbytes},
+        {
+            ("disk", "demand"): experts.fetched_nbytes - experts.fetched_ahead_nbytes,
+            ("disk", "prefetch"): experts.fetched_ahead_nbytes,
+        },
     )
     yield counter(
         "expert_stall_seconds",

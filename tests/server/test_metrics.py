@@ -122,6 +122,7 @@ async def test_the_engines_counters_are_told_as_they_are(client: httpx.AsyncClie
             },
             bandwidth=1e9,
             fetched_nbytes=65536,
+            fetched_ahead_nbytes=4096,
             evictions=2,
             num_slots=8,
             num_slots_used=6,
@@ -143,7 +144,10 @@ async def test_the_engines_counters_are_told_as_they_are(client: httpx.AsyncClie
         ("cancelled",): 4,
     }
     assert values(families["foregate_link_bandwidth_bytes_per_second"], "link") == {("disk",): 1e9}
-    assert values(families["foregate_expert_transfer_bytes"], "link", "kind") == {("disk", "demand"): 65536}
+    assert values(families["foregate_expert_transfer_bytes"], "link", "kind") == {
+        ("disk", "demand"): 61440,
+        ("disk", "prefetch"): 4096,
+    }
     assert values(families["foregate_expert_cache_capacity_bytes"], "tier") == {("top",): 32768}
     assert values(families["foregate_expert_cache_used_bytes"], "tier") == {("top",): 24576}
     assert values(families["foregate_engine_last_step_age_seconds"]) == {(): 0.5}
