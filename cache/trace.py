@@ -104,7 +104,7 @@ def load(path: Path) -> RoutingTrace:
     try:
         if path.suffix == ".json":
             return _of_json(json.loads(path.read_text(encoding="utf-8")))
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             parts = {name: arrays[name] for name in arrays.files}
         return _of_ours(parts) if "format_version" in parts else _of_published(parts, path.name)
     except (ValueError, KeyError, TypeError, IndexError, EOFError, AttributeError, zipfile.BadZipFile) as error:
@@ -125,9 +125,8 @@ def load_all(path: Path) -> list[RoutingTrace]:
 def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     """One workload of several traces of one model, in order. Token ids stay if all have them."""
     first = traces[0]
-    for trace in traces[1:]:
-        if (trace.layers, trace.num_experts, trace.ids.shape[1:]) != (first.layers, first.num_experts, first.ids.shape[1:]):
-            raise ValueError("traces of different models cannot be joined")
+    if len({(trace.layers, trace.num_experts, trace.ids.shape[2]) for trace in traces}) > 1:
+        raise ValueError("traces of different models cannot be joined")
     lengths = np.concatenate([np.diff(trace.seq_off) for trace in traces])
     tokens = [trace.token_ids for trace in traces if trace.token_ids is not None]
     return RoutingTrace(

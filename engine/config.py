@@ -41,7 +41,7 @@ class CacheConfig:
 
     format: str = "auto"  # a name in kernels.quant.FORMATS; auto: see EngineConfig.resolved
     memory_nbytes: int | None = None  # None: all experts if they fit in free memory, else what fits
-    policy: str = "lru"
+    policy: str = "segment"
     num_io_threads: int = 8  # at most; as many reads at once as the device was measured to need
     predictor: str = "auto"  # what is read ahead by: a name in engine.foresight.PREDICTORS
     host_memory_nbytes: int | None = None  # a tier between disk and the top one; None: there is none

@@ -94,7 +94,7 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one step.")] = 512,
     kv_memory: KvMemory = KV_MEMORY,
     expert_memory: ExpertMemory = None,
-    cache_policy: CachePolicy = "lru",
+    cache_policy: CachePolicy = "segment",
     predictor: Predictor = "auto",
     host_memory: HostMemory = None,
     exclusive_tiers: ExclusiveTiers = False,

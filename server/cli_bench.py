@@ -75,7 +75,7 @@ def offline(
     experts: Experts = "auto",
     kv_memory: KvMemory = KV_MEMORY,
     expert_memory: ExpertMemory = None,
-    cache_policy: CachePolicy = "lru",
+    cache_policy: CachePolicy = "segment",
     predictor: Predictor = "auto",
     host_memory: HostMemory = None,
     exclusive_tiers: ExclusiveTiers = False,

