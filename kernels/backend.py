@@ -69,9 +69,7 @@ class Routing:
     def copy(self) -> Routing:
         """One that holds when the router is called again."""
         tensors = (self.ids.clone(), self.weights.clone())
-        return Routing(
-            *tensors, list(self.experts), self.row_begin.clone(), self.positions.clone(), self.num_positions
-        )
+        return Routing(*tensors, list(self.experts), self.row_begin.clone(), self.positions.clone(), self.num_positions)
 
     def tokens_of(self, expert: int) -> list[int]:
         """The rows that are routed to an expert."""
