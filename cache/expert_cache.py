@@ -57,6 +57,11 @@ class ExpertCache:
         self._num_evictions = self._num_waves = 0
 
     @property
+    def holds_all(self) -> bool:
+        """Whether every expert has a slot, so that nothing is ever evicted."""
+        return self._pool.num_slots >= len(self._store)
+
+    @property
     def record_nbytes(self) -> int:
         return self._store.record_nbytes
 

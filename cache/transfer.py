@@ -215,7 +215,7 @@ class TransferEngine:
         depth = self._depths.depth
         if self._demands:
             return self._demands.popleft() if self._num_running < depth else None
-        # a read that has begun cannot be overtaken, and takes its share of the device from a demand that comes meanwhile
+        # a read that has begun cannot be overtaken, and takes its share of the device from what is waited for
         may_prefetch = self._num_running_prefetches < self._max_prefetches and self._num_running < depth
         return heapq.heappop(self._prefetches)[2] if self._prefetches and may_prefetch else None
 

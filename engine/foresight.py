@@ -57,7 +57,7 @@ def make_foresight(
     keys = [expert_keys(moe, layer) for layer in moe.layers]
     if spec.pregate is not None:
         return ExactForesight(prefetcher, keys)
-    if experts.cache.stats().num_slots >= sum(map(len, keys)):
+    if experts.cache.holds_all:
         return None
     gates: dict[str, Gate] = {}
     if "stale_gate" in names:

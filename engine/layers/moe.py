@@ -108,7 +108,8 @@ class MoELayer:
         keys = [self._keys[expert] for expert in routing.experts]
         outputs = self._experts.outputs(routing.num_positions)
         backend, records, cache = self._backend, self._experts.records, self._experts.cache
-        cache.observe(keys[0].layer, batch.requests, routing.ids.tolist(), is_prefill=batch.phase == "prefill")
+        if not cache.holds_all:
+            cache.observe(keys[0].layer, batch.requests, routing.ids.tolist(), is_prefill=batch.phase == "prefill")
         at_once = False
         try:
             with cache.acquire(keys, batch.phase) as lease:

@@ -38,7 +38,7 @@ def test_hits_and_misses_are_counted_by_phase(open_cache):
 
 
 def test_the_policy_chooses_whom_to_evict(open_cache):
-    one = open_cache(2)
+    one = open_cache(2, policy="lru")
     one.use(key(0))
     one.use(key(1))
     one.use(key(0))
