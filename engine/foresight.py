@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from cache.predictors import PREDICTORS
 from cache.predictors.fusion import Fusion
 from cache.prefetcher import Prefetcher
 from engine.checkpoint import Checkpoint
-from engine.config import EngineConfig
+from engine.config import CacheConfig, EngineConfig
 from engine.errors import ConfigError
 from engine.layers.foresight import MAX_DISTANCE, ExactForesight, Gate, LearnedForesight, RoutingObserver
 from engine.layers.moe import ExpertArena
@@ -59,17 +61,26 @@ def make_foresight(
         return ExactForesight(prefetcher, keys)
     if experts.cache.holds_all:
         return None
-    gates: dict[str, Gate] = {}
-    if "stale_gate" in names:
-        gates["stale_gate"] = _stale_gate(spec, moe, checkpoint, backend)
-    if "probe" in names and (probe := _probe(config, moe, checkpoint, backend)) is not None:
-        gates["probe"] = probe
+    gates = make_gates(names, checkpoint, backend, config.cache)
     names = [name for name in names if name in gates or name not in ("stale_gate", "probe")]
     if predictor != "auto" and "probe" in predictor.split("+") and "probe" not in gates:
         raise ConfigError("this model has no probe: run `foregate train-predictor` first, or choose another predictor")
     shape = (len(moe.layers), moe.num_experts, moe.num_active)
     fusion = Fusion([PREDICTORS[name](*shape) for name in names], shape, MAX_DISTANCE)
     return LearnedForesight(prefetcher, keys, fusion, gates)
+
+
+def make_gates(names: Sequence[str], checkpoint: Checkpoint, backend: Backend, config: CacheConfig) -> dict[str, Gate]:
+    """The linear maps of those of the named predictors that have one; the probe's only if it was learned."""
+    spec = checkpoint.spec
+    moe = spec.moe
+    assert moe is not None
+    gates: dict[str, Gate] = {}
+    if "stale_gate" in names:
+        gates["stale_gate"] = _stale_gate(spec, moe, checkpoint, backend)
+    if "probe" in names and (probe := _probe(config, moe, checkpoint, backend)) is not None:
+        gates["probe"] = probe
+    return gates
 
 
 def gate_weights(spec: ModelSpec, moe: MoeSpec, checkpoint: Checkpoint) -> tuple[list[Tensor], list[Tensor]]:
@@ -93,8 +104,8 @@ def _stale_gate(spec: ModelSpec, moe: MoeSpec, checkpoint: Checkpoint, backend: 
     return _stacked(parts, moe.num_experts, backend)
 
 
-def _probe(config: EngineConfig, moe: MoeSpec, checkpoint: Checkpoint, backend: Backend) -> Gate | None:
-    parts = load_probe(probe_path(config.cache, checkpoint), checkpoint, len(moe.layers))
+def _probe(config: CacheConfig, moe: MoeSpec, checkpoint: Checkpoint, backend: Backend) -> Gate | None:
+    parts = load_probe(probe_path(config, checkpoint), checkpoint, len(moe.layers))
     return None if parts is None else _stacked(parts, moe.num_experts, backend)
 
 
