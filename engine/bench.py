@@ -153,13 +153,17 @@ def _engine(
             engine.close()
 
 
-def _run(engine: Engine, backend: _TimedBackend, num_seqs: int, workload: Workload, seed: int) -> OfflineResult:
+def bench_prompts(engine: Engine, workload: Workload, num_seqs: int, seed: int) -> list[list[int]]:
+    """Random token ids."""
     rng = random.Random(seed)
+    return [[rng.randrange(engine.info.vocab_size) for _ in range(workload.prompt_tokens)] for _ in range(num_seqs)]
+
+
+def _run(engine: Engine, backend: _TimedBackend, num_seqs: int, workload: Workload, seed: int) -> OfflineResult:
     params = SamplingParams(
         temperature=workload.temperature, max_tokens=workload.output_tokens, ignore_eos=True, seed=seed
     )
-    for i in range(num_seqs):
-        prompt = [rng.randrange(engine.info.vocab_size) for _ in range(workload.prompt_tokens)]
+    for i, prompt in enumerate(bench_prompts(engine, workload, num_seqs, seed)):
         engine.add_request(f"bench{seed}-{i}", prompt, params)
     started = time.perf_counter()
     while any(request.num_output_tokens == 0 for request in engine.scheduler.requests):

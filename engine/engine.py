@@ -10,6 +10,7 @@ import time
 import torch
 from torch import Tensor
 
+from cache.expert_cache import ExpertCache
 from cache.stats import CacheStats
 from engine.admission import check_request
 from engine.block_manager import BlockManager
@@ -25,7 +26,7 @@ from engine.layers.moe import ExpertArena, ExpertFailure
 from engine.loader import free_memory_nbytes, kv_dtype, load_decoder, open_experts
 from engine.messages import EngineStats, FinishReason, ModelInfo, PositionLogprobs, RequestOutput, TokenLogprob
 from engine.model_runner import ModelRunner
-from engine.models.spec import ModelSpec
+from engine.models.spec import ModelSpec, MoeSpec
 from engine.request import Request
 from engine.sampler import SampledToken, Sampler
 from engine.sampling_params import SamplingParams
@@ -77,8 +78,7 @@ class Engine:
             self._experts = open_experts(checkpoint, config.cache, available, progress)
         foresight = make_foresight(config, spec, self._experts, checkpoint, backend)
         self._recorder = _recorder(config, spec)
-        observers = [one for one in (foresight, self._recorder, observer) if one is not None]
-        self._observer = Observers(observers) if observers else None
+        self._observers = Observers([one for one in (foresight, self._recorder, observer) if one is not None])
         model = load_decoder(
             checkpoint,
             spec,
@@ -87,7 +87,7 @@ class Engine:
             backend,
             self._experts,
             progress,
-            observer=self._observer,
+            observer=self._observers,
         )
         self._runner = ModelRunner(model, KVCache(spec, num_blocks, dtype))
         self._blocks = BlockManager(num_blocks, BLOCK_SIZE)
@@ -108,6 +108,22 @@ class Engine:
             dtype=config.dtype,
             expert_format=config.cache.format if self._experts is not None else None,
         )
+
+    def observe(self, observer: RoutingObserver) -> None:
+        """Tell one more observer of every layer call from the next step on."""
+        self._observers.add(observer)
+
+    @property
+    def moe(self) -> MoeSpec:
+        """Of a model with experts."""
+        assert self._spec.moe is not None
+        return self._spec.moe
+
+    @property
+    def expert_cache(self) -> ExpertCache:
+        """Of a model with experts."""
+        assert self._experts is not None
+        return self._experts.cache
 
     @property
     def token_experts_nbytes(self) -> int:
@@ -159,8 +175,7 @@ class Engine:
             self.scheduler.remove(request)
             if self._experts is not None:
                 self._experts.cache.ended(request.number)
-            if self._observer is not None:
-                self._observer.request_ends(request.number)
+            self._observers.request_ends(request.number)
 
     def step(self) -> list[RequestOutput]:
         """Compute one step and return what is new of each request that got a token or ended."""

@@ -17,7 +17,7 @@ import typer
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import ConfigError, EngineDead, EngineOverloaded
 from engine.threads import wait_passively
-from server import cli_bench, cli_trace
+from server import cli_bench_experts, cli_trace
 from server.cli_options import (
     KV_MEMORY,
     CachePolicy,
@@ -56,7 +56,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
-app.add_typer(cli_bench.app, name="bench")
+app.add_typer(cli_bench_experts.app, name="bench")
 app.add_typer(cli_trace.app, name="trace")
 
 

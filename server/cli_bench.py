@@ -50,6 +50,10 @@ _HEADER = (
     f"{'mean':>8} {'p50':>8} {'p99':>8}  {'mean':>7} {'p50':>7} {'p99':>7}  {'p50':>7} {'p99':>7}"
 )
 
+RoutingSkew = Annotated[
+    float, typer.Option(min=0.0, help="With --random: spread of the experts' popularity, in spreads of a logit.")
+]
+
 app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
 
@@ -63,9 +67,7 @@ def offline(
     model: Model = "demo",
     random: RandomShape = None,
     layers: Layers = None,
-    routing_skew: Annotated[
-        float, typer.Option(min=0.0, help="With --random: spread of the experts' popularity, in spreads of a logit.")
-    ] = 0.0,
+    routing_skew: RoutingSkew = 0.0,
     seqs: Annotated[str, typer.Option(help="Numbers of sequences at once.")] = "1,2,4,8,16,32",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="In each prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=2, help="Of each sequence.")] = 64,
@@ -132,41 +134,6 @@ def offline(
                 f"{r.outside_kernels:8.1%} {r.stall:6.1%} {r.hit_rate:6.1%} {r.read_mb_per_token:7.1f} "
                 + (f"{r.of_reading_once:10.1%}" if r.of_reading_once is not None else f"{'':10}")
             )
-
-
-@app.command()
-def predict(
-    model: Model = "demo",
-    prompts: Annotated[Path | None, typer.Option(help="A prompt a line [default: fifty of Foregate's].")] = None,
-    output_tokens: Annotated[int, typer.Option(min=2, help="Of each answer at most.")] = 64,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    experts: Experts = "auto",
-    packed_dir: PackedDir = None,
-    threads: Threads = None,
-    log_level: LogLevel = "warning",
-) -> None:
-    """How many of the routed experts each predictor foretells, when each may name as many as are routed."""
-    start_logging(log_level)
-    from engine.bench_prediction import bench_prediction
-    from server.progress import ProgressDisplay
-
-    config = EngineConfig(
-        model=directory_of(model, Environment()),
-        num_threads=threads,
-        cache=CacheConfig(format=experts, packed_dir=packed_dir),
-    )
-    texts = [] if prompts is None else list(filter(None, prompts.read_text(encoding="utf-8").splitlines()))
-    with ProgressDisplay() as display:
-        results = bench_prediction(config, prompts=texts, output_tokens=output_tokens, progress=display)
-    if not json:
-        distances = "".join(f"{distance:>3} ahead" for distance in results[0].ahead)
-        typer.echo(f"{'predictor':12}{distances}  from tokens")
-    for r in results:
-        if json:
-            typer.echo(msgspec.json.encode(r).decode())
-            continue
-        ahead = "".join(f"{recall:>9.1%}" for recall in r.ahead.values())
-        typer.echo(f"{r.predictor:12}{ahead}  " + ("-" if r.from_tokens is None else f"{r.from_tokens:.1%}").rjust(11))
 
 
 @app.command()

@@ -22,7 +22,7 @@ def _size(text: str) -> int:
         raise typer.BadParameter(str(exc)) from None
 
 
-def _rate(text: str) -> float:
+def rate(text: str) -> float:
     if not text.endswith("/s"):
         raise typer.BadParameter(f"cannot read rate {text!r}; write it like 8GiB/s")
     rate = _size(text.removesuffix("/s"))
@@ -56,7 +56,7 @@ ExclusiveTiers = Annotated[bool, typer.Option(help="What is in expert memory is 
 LinkBandwidth = Annotated[
     float | None,
     typer.Option(
-        parser=_rate,
+        parser=rate,
         metavar="RATE",
         help="Make what brings experts as slow as a link of that rate: 8GiB/s. To measure.",
     ),

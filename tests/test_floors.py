@@ -14,6 +14,7 @@ FLOORS = ("kernels", "cache", "engine", "server")  # from the ground up
 SERVER_MAY_SEE = {
     "engine.async_engine",
     "engine.bench",
+    "engine.bench_offload",
     "engine.bench_prediction",
     "engine.config",
     "engine.convert",

@@ -42,7 +42,10 @@ class Observers:
     """Several observers as one."""
 
     def __init__(self, observers: Sequence[RoutingObserver]) -> None:
-        self._observers = observers
+        self._observers = list(observers)
+
+    def add(self, observer: RoutingObserver) -> None:
+        self._observers.append(observer)
 
     def step_begins(self, batch: Batch) -> None:
         for observer in self._observers:
@@ -74,9 +77,12 @@ class ExactForesight:
 
     def step_begins(self, batch: Batch) -> None:
         assert batch.routings is not None
+        self._begin([routing.experts for routing in batch.routings])
+
+    def _begin(self, experts: Sequence[Sequence[int]]) -> None:
+        """A step whose layers will be asked for these experts."""
         self._wanted = [
-            [keys[expert] for expert in routing.experts]
-            for keys, routing in zip(self._all_keys, batch.routings, strict=True)
+            [keys[expert] for expert in of_layer] for keys, of_layer in zip(self._all_keys, experts, strict=True)
         ]
         still: frozenset[ExpertKey] = frozenset()
         self._still = [still]
@@ -106,6 +112,20 @@ class ExactForesight:
             if not self._prefetcher.offer_certain(self._next - index, self._wanted[self._next], keep):
                 return
             self._next += 1
+
+
+class OracleForesight(ExactForesight):
+    """Of any model, in a run that is repeated: what prediction could gain at best. For benchmarks."""
+
+    def __init__(
+        self, prefetcher: Prefetcher, keys: Sequence[Sequence[ExpertKey]], steps: Sequence[Sequence[Sequence[int]]]
+    ) -> None:
+        """`steps`: the experts that each layer of each step was asked for the first time."""
+        super().__init__(prefetcher, keys)
+        self._steps = iter(steps)
+
+    def step_begins(self, batch: Batch) -> None:
+        self._begin(next(self._steps))
 
 
 class Gate(Protocol):

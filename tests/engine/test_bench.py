@@ -8,6 +8,7 @@ import pytest
 from engine import synthetic
 from engine.async_engine import AsyncEngine
 from engine.bench import Workload, bench_offline
+from engine.bench_offload import bench_offload
 from engine.config import CacheConfig, EngineConfig
 from engine.errors import ConfigError, InvalidRequest
 from engine.sampling_params import SamplingParams
@@ -52,6 +53,35 @@ def test_the_bench_reports_each_batch_size_with_shares_that_can_be(monkeypatch):
         assert 0 < r.outside_kernels < 1
         assert 0 <= r.stall < 1
         assert (r.of_reading_once is not None) == (r.num_seqs == 1)
+
+
+def test_the_offload_bench_compares_predictors_with_an_oracle_on_the_same_bits(monkeypatch):
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", TINY)
+    config = EngineConfig(model=Path(), kv_memory_nbytes=2**22, cache=CacheConfig(format="int8"))
+    results = list(
+        bench_offload(
+            config,
+            Workload(prompt_tokens=12, output_tokens=10, temperature=1.0),
+            num_seqs=2,
+            memory_shares=[0.5],
+            links=[None, 1e6],
+            predictors=["off", "stale_gate", "oracle"],
+            random_shape="tiny",
+            num_layers=4,
+        )
+    )
+    assert [(r.link_gib_per_s, r.predictor) for r in results] == [
+        (link, name) for link in (None, 1e6 / 1024**3) for name in ("off", "stale_gate", "oracle")
+    ]
+    for r in results:
+        assert r.same_bits
+        assert 0 < r.hit_rate < 1
+        assert r.read_mb_per_token > 0
+    throttled = {r.predictor: r for r in results[3:]}
+    assert throttled["oracle"].stall_ms_per_token < throttled["off"].stall_ms_per_token
+    assert throttled["oracle"].hit_rate > throttled["off"].hit_rate
+    assert throttled["oracle"].recovered == pytest.approx(1.0)
+    assert throttled["off"].recovered == pytest.approx(0.0)
 
 
 async def test_random_weights_are_served_like_a_checkpoint_with_numbers_for_text(tmp_path: Path, monkeypatch):

@@ -1,0 +1,224 @@
+"""What serving from a slower tier costs, by predictor, beside an oracle: `foregate bench offload`."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from cache.prefetcher import Prefetcher
+from cache.stats import CacheStats
+from engine.batch import Batch
+from engine.bench import Workload, bench_prompts
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.layers.foresight import ExactForesight, OracleForesight
+from engine.loader import expert_keys
+from engine.sampling_params import SamplingParams
+from engine.synthetic import NumberTokenizer, SyntheticCheckpoint
+from engine.tokenizer import TokenDecoder
+from kernels.backend import Routing
+
+ORACLE = "oracle"
+OFF = "off"
+_WARM_UP_TOKENS = 16  # of each sequence, before anything is counted
+
+
+class OffloadResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One setting. Totals and medians are of decode steps after the warm-up."""
+
+    memory_share: float  # of the experts that have a slot
+    link_gib_per_s: float | None  # None: the disk as it is
+    predictor: str
+    num_seqs: int
+    tokens_per_s: float
+    step_ms: float
+    stall_ms_per_token: float
+    hit_rate: float
+    read_mb_per_token: float
+    resident_step_ms: float  # of the run with all experts in memory
+    link_step_ms: float  # bytes that were read in a step / the bandwidth that was measured
+    same_bits: bool  # tokens and logprobs are those of the resident run
+    peak_rss_mib: float  # of the process so far
+    recovered: float | None = None  # of what the oracle takes off the stall without prediction
+
+    @property
+    def of_bound(self) -> float:
+        """Step time / max(compute, bytes / bandwidth)."""
+        return self.step_ms / max(self.resident_step_ms, self.link_step_ms)
+
+
+class _RoutingLog:
+    """The experts that each layer of each step is asked for."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[list[int]]] = []
+
+    def step_begins(self, batch: Batch) -> None:
+        self.steps.append([])
+
+    def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
+        self.steps[-1].append(list(routing.experts))
+
+    def step_ends(self) -> None:
+        """Nothing."""
+
+    def request_ends(self, number: int) -> None:
+        """Nothing."""
+
+
+class _Run(msgspec.Struct):
+    """One pass over the workload."""
+
+    answers: list[tuple[list[int], list[float]]]  # tokens and logprobs of each sequence
+    step_s: list[float]  # of the counted steps
+    before: CacheStats
+    after: CacheStats
+
+
+def bench_offload(
+    config: EngineConfig,
+    workload: Workload,
+    *,
+    num_seqs: int = 1,
+    memory_shares: Sequence[float] = (0.5, 0.25),
+    links: Sequence[float | None] = (None,),
+    predictors: Sequence[str] = (OFF, "auto"),
+    random_shape: str | None = None,
+    num_layers: int | None = None,
+    routing_skew: float = 0.0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[OffloadResult]:
+    """The same workload with all experts in memory, then with each share, link (bytes/s) and predictor.
+
+    The packed file is read by O_DIRECT, so the page cache is always cold. Where the predictors hold `oracle` and
+    `off`, what each recovers of the difference is told.
+    """
+    with tempfile.TemporaryDirectory(prefix="foregate-bench-") as scratch:
+        directory = Path(scratch) if random_shape is not None else config.model
+        config = replace(
+            config,
+            model=directory,
+            scheduler=replace(config.scheduler, max_num_seqs=num_seqs),
+            cache=replace(config.cache, packed_dir=Path(scratch)),
+        ).resolved(has_experts=True)
+
+        def checkpoint() -> Checkpoint:
+            if random_shape is None:
+                return Checkpoint(directory)
+            return SyntheticCheckpoint(random_shape, num_layers, directory, routing_skew)
+
+        log = _RoutingLog()
+        with _engine(replace(config, cache=replace(config.cache, predictor=OFF)), checkpoint(), progress) as engine:
+            engine.observe(log)
+            num_experts, record_nbytes = engine.stats().expert_cache.num_slots, engine.stats().expert_cache.slot_nbytes
+            resident = _run(engine, workload, num_seqs)
+        for share in memory_shares:
+            for link in links:
+                results = []
+                for predictor in predictors:
+                    cache = replace(
+                        config.cache,
+                        memory_nbytes=max(1, round(share * num_experts)) * record_nbytes,
+                        link_bandwidth=link,
+                        predictor=OFF if predictor == ORACLE else predictor,
+                    )
+                    with _engine(replace(config, cache=cache), checkpoint(), progress) as engine:
+                        if predictor == ORACLE:
+                            engine.observe(_oracle(engine, log))
+                        run = _run(engine, workload, num_seqs)
+                    results.append(_result(run, resident, share, link, predictor, num_seqs))
+                yield from _with_recovered(results)
+
+
+def _oracle(engine: Engine, log: _RoutingLog) -> ExactForesight:
+    moe, cache = engine.moe, engine.expert_cache
+    keys = [expert_keys(moe, layer) for layer in moe.layers]
+    return OracleForesight(Prefetcher(cache, len(keys)), keys, log.steps)
+
+
+@contextmanager
+def _engine(
+    config: EngineConfig, checkpoint: Checkpoint, progress: Callable[[str, int, int], None] | None
+) -> Iterator[Engine]:
+    tokenizer: TokenDecoder | None = NumberTokenizer() if isinstance(checkpoint, SyntheticCheckpoint) else None
+    engine = Engine(config, progress, checkpoint=checkpoint, tokenizer=tokenizer)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _run(engine: Engine, workload: Workload, num_seqs: int) -> _Run:
+    prompts = bench_prompts(engine, workload, num_seqs, seed=0)
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(
+            temperature=workload.temperature,
+            max_tokens=workload.output_tokens + _WARM_UP_TOKENS,
+            ignore_eos=True,
+            seed=i,
+            logprobs=0,
+        )
+        engine.add_request(str(i), prompt, params)
+    answers: dict[str, tuple[list[int], list[float]]] = {str(i): ([], []) for i in range(num_seqs)}
+    step_s: list[float] = []
+    before: CacheStats | None = None
+    while engine.has_work:
+        counts = all(len(tokens) >= _WARM_UP_TOKENS for tokens, _ in answers.values())
+        if counts and before is None:
+            before = engine.stats().expert_cache
+        started = time.perf_counter()
+        outputs = engine.step()
+        if counts:
+            step_s.append(time.perf_counter() - started)
+        for output in outputs:
+            tokens, logprobs = answers[output.request_id]
+            tokens += output.token_ids
+            logprobs += [position.chosen.logprob for position in output.logprobs or []]
+    after = engine.stats().expert_cache
+    return _Run(answers=list(answers.values()), step_s=step_s, before=before or after, after=after)
+
+
+def _result(
+    run: _Run, resident: _Run, share: float, link: float | None, predictor: str, num_seqs: int
+) -> OffloadResult:
+    num_steps = len(run.step_s)
+    num_tokens = num_steps * num_seqs
+    stall_s = run.after.decode.stall_s - run.before.decode.stall_s
+    queries = run.after.decode.queries - run.before.decode.queries
+    nbytes = run.after.fetched_nbytes - run.before.fetched_nbytes
+    bandwidth = run.after.bandwidth
+    return OffloadResult(
+        memory_share=share,
+        link_gib_per_s=None if link is None else link / 1024**3,
+        predictor=predictor,
+        num_seqs=num_seqs,
+        tokens_per_s=num_tokens / sum(run.step_s),
+        step_ms=1e3 * sum(run.step_s) / num_steps,
+        stall_ms_per_token=1e3 * stall_s / num_tokens,
+        hit_rate=(run.after.decode.hits - run.before.decode.hits) / max(1, queries),
+        read_mb_per_token=nbytes / 1e6 / num_tokens,
+        resident_step_ms=1e3 * statistics.median(resident.step_s),
+        link_step_ms=1e3 * nbytes / num_steps / bandwidth if bandwidth else 0.0,
+        same_bits=run.answers == resident.answers,
+        peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )
+
+
+def _with_recovered(results: list[OffloadResult]) -> Iterator[OffloadResult]:
+    stalls = {r.predictor: r.stall_ms_per_token for r in results}
+    for r in results:
+        if {ORACLE, OFF} <= stalls.keys() and stalls[OFF] > stalls[ORACLE]:
+            share = (stalls[OFF] - r.stall_ms_per_token) / (stalls[OFF] - stalls[ORACLE])
+            yield msgspec.structs.replace(r, recovered=share)
+        else:
+            yield r

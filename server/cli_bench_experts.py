@@ -1,0 +1,147 @@
+"""`foregate bench offload` and `bench predict`: what experts that are not in memory cost, and how many are foretold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from engine.config import CacheConfig, EngineConfig
+from server.cli_bench import RoutingSkew, app
+from server.cli_options import (
+    CachePolicy,
+    Dtype,
+    ExclusiveTiers,
+    Experts,
+    HostMemory,
+    Layers,
+    LogLevel,
+    Model,
+    PackedDir,
+    RandomShape,
+    Threads,
+    check_random,
+    directory_of,
+    rate,
+    start_logging,
+)
+from server.settings import Environment
+
+
+@app.command()
+def offload(
+    model: Model = "demo",
+    random: RandomShape = None,
+    layers: Layers = None,
+    routing_skew: RoutingSkew = 0.0,
+    memory: Annotated[str, typer.Option(help="Shares of the experts that have room.")] = "50%,25%",
+    links: Annotated[str, typer.Option(help="Rates of the link from below; disk: as it is.")] = "disk",
+    predictors: Annotated[str, typer.Option(help="Predictors, off, and oracle, which knows.")] = "off,auto,oracle",
+    seqs: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="In each prompt.")] = 64,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Of each sequence that are measured.")] = 48,
+    temperature: Annotated[float, typer.Option(min=0.0, help="At 0 random weights repeat themselves.")] = 1.0,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    dtype: Dtype = "auto",
+    experts: Experts = "auto",
+    cache_policy: CachePolicy = "segment",
+    host_memory: HostMemory = None,
+    exclusive_tiers: ExclusiveTiers = False,
+    threads: Threads = None,
+    log_level: LogLevel = "error",
+) -> None:
+    """Decode with some of the experts in memory: what waiting costs, by predictor, beside an oracle."""
+    start_logging(log_level)
+    check_random(model, random, layers)
+    from engine.bench import Workload
+    from engine.bench_offload import bench_offload
+    from server.progress import ProgressDisplay
+
+    config = EngineConfig(
+        model=Path() if random else directory_of(model, Environment()),
+        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        num_threads=threads,
+        cache=CacheConfig(
+            format=experts,
+            policy=cache_policy,
+            host_memory_nbytes=host_memory,
+            exclusive_tiers=exclusive_tiers,
+        ),
+    )
+    with ProgressDisplay() as display:
+        results = bench_offload(
+            config,
+            Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, temperature=temperature),
+            num_seqs=seqs,
+            memory_shares=[_share(text) for text in memory.split(",")],
+            links=[None if text == "disk" else rate(text) for text in links.split(",")],
+            predictors=predictors.split(","),
+            random_shape=random,
+            num_layers=layers,
+            routing_skew=routing_skew,
+            progress=display,
+        )
+        if not json:
+            typer.echo(
+                f"{'memory':>6} {'link':>8} {'predictor':22} {'tok/s':>7} {'step ms':>8} {'resident':>8} {'link':>7} "
+                f"{'bound':>6} {'stall ms/tok':>12} {'recovered':>9} {'hits':>6} {'MB/tok':>7} {'same':>5}"
+            )
+        for r in results:
+            if json:
+                typer.echo(msgspec.json.encode(r).decode())
+                continue
+            link = "disk" if r.link_gib_per_s is None else f"{r.link_gib_per_s:g}GiB/s"
+            recovered = "" if r.recovered is None else f"{r.recovered:.0%}"
+            typer.echo(
+                f"{r.memory_share:6.0%} {link:>8} {r.predictor:22} {r.tokens_per_s:7.1f} {r.step_ms:8.1f} "
+                f"{r.resident_step_ms:8.1f} {r.link_step_ms:7.1f} {r.of_bound:5.2f}x {r.stall_ms_per_token:12.2f} "
+                f"{recovered:>9} {r.hit_rate:6.1%} {r.read_mb_per_token:7.1f} {'yes' if r.same_bits else 'NO':>5}"
+            )
+
+
+def _share(text: str) -> float:
+    """'12.5%' -> 0.125. Raises `typer.BadParameter`."""
+    try:
+        share = float(text.strip().removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not text.strip().endswith("%") or not 0.0 < share <= 1.0:
+        raise typer.BadParameter(f"cannot read share {text!r}; write it like 50%", param_hint="--memory")
+    return share
+
+
+@app.command()
+def predict(
+    model: Model = "demo",
+    prompts: Annotated[Path | None, typer.Option(help="A prompt a line [default: fifty of Foregate's].")] = None,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Of each answer at most.")] = 64,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    experts: Experts = "auto",
+    packed_dir: PackedDir = None,
+    threads: Threads = None,
+    log_level: LogLevel = "warning",
+) -> None:
+    """How many of the routed experts each predictor foretells, when each may name as many as are routed."""
+    start_logging(log_level)
+    from engine.bench_prediction import bench_prediction
+    from server.progress import ProgressDisplay
+
+    config = EngineConfig(
+        model=directory_of(model, Environment()),
+        num_threads=threads,
+        cache=CacheConfig(format=experts, packed_dir=packed_dir),
+    )
+    texts = [] if prompts is None else list(filter(None, prompts.read_text(encoding="utf-8").splitlines()))
+    with ProgressDisplay() as display:
+        results = bench_prediction(config, prompts=texts, output_tokens=output_tokens, progress=display)
+    if not json:
+        distances = "".join(f"{distance:>3} ahead" for distance in results[0].ahead)
+        typer.echo(f"{'predictor':12}{distances}  from tokens")
+    for r in results:
+        if json:
+            typer.echo(msgspec.json.encode(r).decode())
+            continue
+        ahead = "".join(f"{recall:>9.1%}" for recall in r.ahead.values())
+        typer.echo(f"{r.predictor:12}{ahead}  " + ("-" if r.from_tokens is None else f"{r.from_tokens:.1%}").rjust(11))
