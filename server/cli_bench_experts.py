@@ -29,6 +29,8 @@ from server.cli_options import (
 )
 from server.settings import Environment
 
+__all__ = ["app"]  # with these commands added
+
 
 @app.command()
 def offload(
