@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from statistics import median
 
 from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
@@ -15,11 +15,12 @@ Candidate = tuple[ExpertKey, float]  # probability that the layer asks for it
 _WAITED = 0.02  # share of the time that compute has to wait before anything is foretold
 _STALL_WEIGHT = 0.1  # of the last step in that share
 _REVIEW = 32  # steps between two looks at what became of prefetches
-_SLEEP = 256  # steps without, where they did not pay
+_TURN, _NUM_TURNS = 8, 3  # steps with or without foretelling in a trial, and how often each has its turn
+_STAY = 512  # steps until the next trial
 _FLOORS = (0.3, 0.95)  # of the probability that is asked for
 _FIRST_FLOOR = 0.5
 _MAY_WASTE = 0.3  # share of the bytes: above it more probability is asked for
-_DEADLINE = 1e-6  # of benefit, a layer: among equals the sooner needed first
+_DEADLINE, _TURNS = 1e-7, 100_000  # of benefit, a layer: among equals the sooner needed first; turns wrap around
 
 
 class Prefetcher:
@@ -37,10 +38,11 @@ class Prefetcher:
         self._compute_s = [0.0] * num_layers  # from one layer call to the next but for waiting, averaged
         self._turn = 0  # layer calls so far: the common time of all deadlines
         self._since: tuple[int, float, float] | None = None  # layer, time and stall at the last call
-        self._reviewed = (0, 0, 0)  # useful, late, wasted at the last review
-        self._num_steps = self._asleep_for = 0
-        self._cost_s = self._stall_share = 0.0
-        self._last_end: tuple[float, float] | None = None  # time and stall
+        self._reviewed = (0, 0)  # used, wasted at the last review
+        self._num_steps = 0
+        self._stall_share = 0.0
+        self._trials = _Trials()
+        self._began = (clock(), cache.stall_s)  # of this step: time and stall
 
     def layer_begins(self, index: int) -> None:
         """The layer call of the `index`-th layer with experts begins."""
@@ -53,29 +55,25 @@ class Prefetcher:
             self._compute_s[last] = average + (sample - average) * (WEIGHT if average else 1.0)
         self._since = (index, now, stall)
 
-    def step_ends(self) -> None:
-        """What comes until the next layer call is not this layer's compute."""
+    def step_begins(self) -> None:
+        """What came since the last layer call was not its compute."""
         self._since = None
-        now, stall = self._clock(), self._cache.stall_s
-        if self._last_end is not None:
-            then, stalled = self._last_end
-            share = (stall - stalled) / max(now - then, 1e-9)
-            self._stall_share += (share - self._stall_share) * _STALL_WEIGHT
-        self._last_end = (now, stall)
-        self._asleep_for = max(0, self._asleep_for - 1)
+        self._began = (self._clock(), self._cache.stall_s)
+
+    def step_ends(self, num_rows: int = 0) -> None:
+        """The last layer is computed. `num_rows`: of a step of decode."""
+        began, stalled = self._began
+        seconds = self._clock() - began
+        share = (self._cache.stall_s - stalled) / max(seconds, 1e-9)
+        self._stall_share += (share - self._stall_share) * _STALL_WEIGHT
+        if num_rows and self._stall_share > _WAITED:
+            self._trials.add(seconds, num_rows)
         self._review()
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether to foretell in this step: compute has waited, and foretelling has not cost more than it saved."""
-        return self._asleep_for == 0 and self._stall_share > _WAITED
-
-    @contextmanager
-    def counting_cost(self) -> Iterator[None]:
-        """Around what foretelling takes."""
-        started = self._clock()
-        yield
-        self._cost_s += self._clock() - started
+        """Whether to foretell in this step: compute has waited, and steps were no slower with than without."""
+        return self._stall_share > _WAITED and self._trials.is_on
 
     def cancel(self, layer: int, but: Collection[ExpertKey]) -> None:
         """What is on its way to a layer that is routed now, and not asked for, is not needed."""
@@ -128,28 +126,51 @@ class Prefetcher:
         return len(missing) <= max(0, num)
 
     def _issue(self, chosen: Sequence[Candidate], distance: int, keep: Collection[ExpertKey]) -> int:
-        deadline = (self._turn + distance) * _DEADLINE
+        deadline = (self._turn + distance) % _TURNS * _DEADLINE
         return self._cache.prefetch([(key, p - deadline) for key, p in chosen], distance, keep)
 
     def _review(self) -> None:
-        """After so many steps of foretelling: raise or lower the floor, and sleep if it does not pay."""
-        if not self.is_worth_it:
-            return
+        """Now and then, raise or lower the floor by what became of prefetches."""
         self._num_steps += 1
         if self._num_steps % _REVIEW:
             return
         counts = self._cache.stats().prefetch.values()
-        useful, late, wasted = (sum(getattr(c, name) for c in counts) for name in ("useful", "late", "wasted"))
-        before = self._reviewed
-        self._reviewed = (useful, late, wasted)
-        useful, late, wasted = useful - before[0], late - before[1], wasted - before[2]
+        used, wasted = sum(c.useful + c.late for c in counts), sum(c.wasted for c in counts)
+        now_used, now_wasted = used - self._reviewed[0], wasted - self._reviewed[1]
+        if now_used + now_wasted == 0:
+            return
+        self._reviewed = (used, wasted)
         low, high = _FLOORS
-        if wasted > _MAY_WASTE * (useful + late + wasted):
+        if now_wasted > _MAY_WASTE * (now_used + now_wasted):
             self.floor = min(high, self.floor * 1.5)
         else:
             self.floor = max(low, self.floor / 1.2)
-        record_s = self._cache.record_nbytes / (self._cache.transfer.bandwidth or float("inf"))
-        saved_s = (useful + late / 2 - wasted / 2) * record_s  # what was not waited for, less what stood in the way
-        if saved_s < self._cost_s:
-            self._asleep_for = _SLEEP
-        self._cost_s = 0.0
+
+
+class _Trials:
+    """Takes turns with and without, then stays with what was faster for a while, and tries again."""
+
+    def __init__(self) -> None:
+        self.is_on = True
+        self._left = _TURN  # steps of this turn
+        self._turns = 2 * _NUM_TURNS  # of the trial still to come, this one among them
+        self._times: dict[bool, list[float]] = {True: [], False: []}  # of steps, for each row
+
+    def add(self, seconds: float, num_rows: int) -> None:
+        """A step has taken so long."""
+        if self._turns:
+            self._times[self.is_on].append(seconds / num_rows)
+        self._left -= 1
+        if self._left > 0:
+            return
+        if self._turns > 1:
+            self._turns -= 1
+            self._left, self.is_on = _TURN, not self.is_on
+        elif self._turns == 1:
+            self._turns = 0
+            self._left = _STAY
+            self.is_on = median(self._times[True]) < median(self._times[False])
+        else:
+            self._turns = 2 * _NUM_TURNS
+            self._left, self.is_on = _TURN, True
+            self._times = {True: [], False: []}

@@ -20,7 +20,8 @@ from cache.link_speed import WEIGHT, DepthTrials, Rate
 
 OnDone = Callable[[ExpertReadError | None], None]
 
-_AHEAD_NBYTES = 2 * 1024**2  # of prefetches that are being read at most, or one record
+_AHEAD_NBYTES = 2 * 1024**2  # of uncertain prefetches that are being read at most, or one record
+_CERTAIN = 0.98  # benefit from which on a prefetch is sure to be asked for
 _TOGETHER_NBYTES = 1024**2  # at most in one read of neighbours: the first of them waits for the last
 
 
@@ -87,7 +88,7 @@ class TransferEngine:
         self._queued: dict[int, Ticket] = {}  # by position
         self._num_running = self._num_running_prefetches = 0
         self._is_closing = False
-        self._max_prefetches = max(1, _AHEAD_NBYTES // source.record_nbytes)
+        self._max_uncertain = max(1, _AHEAD_NBYTES // source.record_nbytes)
         self._link_is_busy = False
         self._num_demands_at_link = 0
         self._rate = Rate()
@@ -215,9 +216,12 @@ class TransferEngine:
         depth = self._depths.depth
         if self._demands:
             return self._demands.popleft() if self._num_running < depth else None
+        if not self._prefetches or self._num_running >= depth:
+            return None
         # a read that has begun cannot be overtaken, and takes its share of the device from what is waited for
-        may_prefetch = self._num_running_prefetches < self._max_prefetches and self._num_running < depth
-        return heapq.heappop(self._prefetches)[2] if self._prefetches and may_prefetch else None
+        is_certain = self._prefetches[0][2].benefit >= _CERTAIN
+        limit = max(depth - 1, self._max_uncertain) if is_certain else self._max_uncertain
+        return heapq.heappop(self._prefetches)[2] if self._num_running_prefetches < limit else None
 
     def _with_neighbours(self, ticket: Ticket) -> list[Ticket]:
         limit = max(1, _TOGETHER_NBYTES // self._source.record_nbytes)

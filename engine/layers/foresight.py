@@ -91,6 +91,7 @@ class ExactForesight:
             self._still.append(still)
         self._still.reverse()
         self._next = 0
+        self._prefetcher.step_begins()
         self._prefetch(-1)
 
     def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
@@ -154,39 +155,40 @@ class LearnedForesight:
         self._rows = np.zeros(0, dtype=np.int64)  # of the step that are looked at
         self._scale = 1.0  # rows of the step for each of those
         self._view: View | None = None  # of this step; None while nothing is foretold
+        self._num_decoded = 0  # rows of this step, if none is a prompt's
 
     def step_begins(self, batch: Batch) -> None:
         self._view = None
+        self._prefetcher.step_begins()
+        self._num_decoded = len(batch.requests) if batch.phase == "decode" else 0
         if not self._prefetcher.is_worth_it:
             return
-        with self._prefetcher.counting_cost():
-            self._fusion.step_begins()
-            num_rows = len(batch.requests)
-            self._rows = np.linspace(0, num_rows - 1, min(num_rows, MAX_ROWS)).astype(np.int64)
-            self._scale = num_rows / len(self._rows)
-            tokens = batch.token_ids.numpy()[self._rows].tolist()
-            self._view = View(-1, [batch.requests[row] for row in self._rows.tolist()], tokens)
-            self._foretell(self._view)
+        self._fusion.step_begins()
+        num_rows = len(batch.requests)
+        self._rows = np.linspace(0, num_rows - 1, min(num_rows, MAX_ROWS)).astype(np.int64)
+        self._scale = num_rows / len(self._rows)
+        tokens = batch.token_ids.numpy()[self._rows].tolist()
+        self._view = View(-1, [batch.requests[row] for row in self._rows.tolist()], tokens)
+        self._foretell(self._view)
 
     def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
         self._prefetcher.layer_begins(index)
         if self._view is None:
             return
-        with self._prefetcher.counting_cost():
-            keys = self._keys[index]
-            self._prefetcher.cancel(keys[0].layer, {keys[expert] for expert in routing.experts})
-            chosen = np.zeros((len(self._rows), len(keys)), dtype=np.bool_)
-            np.put_along_axis(chosen, routing.ids.numpy()[self._rows].astype(np.int64), True, axis=1)
-            for distance, counts in self._fusion.observe(index, self._view, chosen).items():
-                self._prefetcher.foretold(distance, *counts)
-            if index + 1 < len(self._keys):
-                few = x if len(self._rows) == len(x) else x[torch.from_numpy(self._rows)]
-                outputs = {name: gate(index, few) for name, gate in self._gates.items()}
-                known = {name: output for name, output in outputs.items() if output is not None}
-                self._foretell(View(index, self._view.requests, self._view.token_ids, known))
+        keys = self._keys[index]
+        self._prefetcher.cancel(keys[0].layer, {keys[expert] for expert in routing.experts})
+        chosen = np.zeros((len(self._rows), len(keys)), dtype=np.bool_)
+        np.put_along_axis(chosen, routing.ids.numpy()[self._rows].astype(np.int64), True, axis=1)
+        for distance, counts in self._fusion.observe(index, self._view, chosen).items():
+            self._prefetcher.foretold(distance, *counts)
+        if index + 1 < len(self._keys):
+            few = x if len(self._rows) == len(x) else x[torch.from_numpy(self._rows)]
+            outputs = {name: gate(index, few) for name, gate in self._gates.items()}
+            known = {name: output for name, output in outputs.items() if output is not None}
+            self._foretell(View(index, self._view.requests, self._view.token_ids, known))
 
     def step_ends(self) -> None:
-        self._prefetcher.step_ends()
+        self._prefetcher.step_ends(self._num_decoded)
 
     def request_ends(self, number: int) -> None:
         self._fusion.ended(number)
