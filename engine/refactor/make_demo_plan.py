@@ -31,6 +31,7 @@ SEQUENCE_LENGTH = 256
 SETTINGS = SplitSettings(  # docs/refactor.md says why
     num_experts=32, shared_size=512, num_active=14, dense_layers=(*range(9), 29)
 )
+NUM_SERVED = 20  # active experts of the demo: what is learned with fewer answers better with a few more
 CHAT_SHARE = 1.7  # of the chats in distillation; each domain's is 1
 NUM_DOMAIN_SEQS = 7000  # at most, of each domain, to learn from
 NUM_CALIBRATION_SEQS = 28  # of each domain and of the chats, for the split
@@ -96,7 +97,7 @@ def make_plan(
         path.write_bytes(plan.to_bytes())
         if name != "pregated":
             report(source, plan, judged)
-    out.write_bytes(plan.to_bytes())
+    out.write_bytes(replace(plan, settings=replace(plan.settings, num_active=NUM_SERVED)).to_bytes())
 
 
 def report(source: DenseSource, plan: RefactorPlan, judged: Sequence[Passages]) -> None:
