@@ -29,7 +29,7 @@ SHAPES = {  # hidden, intermediate, experts, active
     "olmoe": (2048, 1024, 64, 8),
     "qwen3-30b-a3b": (2048, 768, 128, 8),
     "mixtral": (4096, 14336, 8, 2),
-    "demo": (576, 32, 32, 20),
+    "demo": (576, 32, 32, 24),
 }
 HEADS = {  # query heads, kv heads, head size
     "olmoe": (16, 16, 128),

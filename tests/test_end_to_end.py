@@ -136,7 +136,7 @@ def test_half_of_the_expert_memory_gives_the_same_answer(client: openai.OpenAI, 
         (["demo", "--dtype", "float8"], "known: auto, float32, bfloat16, int8, int4"),
         (["demo", "--max-model-len", "100000000"], "max_model_len 100000000 is above"),
         (["demo", "--kv-memory", "1MiB", "--max-model-len", "4096"], "raise --kv-memory"),
-        (["demo", "--cache-policy", "best"], "known: lru"),
+        (["demo", "--cache-policy", "best"], "known: least_stale, lfu, lru, segment, slru"),
     ],
 )
 def test_a_start_that_cannot_work_says_why_and_the_cure_in_one_line(options: list[str], why: str):

@@ -31,7 +31,7 @@ SEQUENCE_LENGTH = 256
 SETTINGS = SplitSettings(  # docs/refactor.md says why
     num_experts=32, shared_size=512, num_active=14, dense_layers=(*range(9), 29)
 )
-NUM_SERVED = 20  # active experts of the demo: what is learned with fewer answers better with a few more
+NUM_SERVED = 24  # active experts of the demo: what is learned with fewer answers better with a few more
 CHAT_SHARE = 1.7  # of the chats in distillation; each domain's is 1
 NUM_DOMAIN_SEQS = 7000  # at most, of each domain, to learn from
 NUM_CALIBRATION_SEQS = 28  # of each domain and of the chats, for the split

@@ -129,7 +129,7 @@ def test_the_committed_plan_is_whole_and_names_itself() -> None:
     demo = DemoModel()
     plan = RefactorPlan.load(demo.plan_path)
     assert plan.sha256() == demo.plan_sha256()
-    assert (plan.settings.num_experts, plan.settings.shared_size, plan.settings.num_active) == (32, 512, 20)
+    assert (plan.settings.num_experts, plan.settings.shared_size, plan.settings.num_active) == (32, 512, 24)
     assert plan.settings.dense_layers == (*range(9), 29)
     assert len(plan.layers) == 20
     assert plan.healing is not None
