@@ -102,7 +102,7 @@ def test_the_bench_measures_a_running_server(server: Server):
 
 def test_eight_bits_cost_half_a_percent_of_perplexity_and_four_bits_five():
     def perplexity(dtype: str, experts: str) -> float:
-        options = ["--dtype", dtype, "--experts", experts, "--max-windows", "12", "--json"]
+        options = ["--dtype", dtype, "--experts", experts, "--max-windows", "48", "--json"]
         command = [*FOREGATE, "bench", "perplexity", "demo", *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         return float(json.loads(done.stdout)["perplexity"])
