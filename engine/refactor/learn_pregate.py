@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,6 +19,8 @@ from engine.refactor.plan import PregatePlan, RefactorPlan
 from engine.refactor.pregate import PregateModel
 from engine.refactor.source import DenseSource
 from engine.refactor.student import Routes, Student, choose
+
+_NUM_JUDGED = 8  # batches by which distillation is judged
 
 Progress = Callable[[str, int, int, float], None]  # what is done, steps done, steps in all, the loss lately
 
@@ -52,10 +55,13 @@ def learn_pregate(
     texts: Sequence[Text],
     settings: PregateSettings,
     *,
+    state: Path | None = None,
     compiled: bool = True,
     progress: Progress = lambda what, done, total, loss: None,
 ) -> PregatePlan:
     """A pre-gate for the experts of `plan`, whose own routers and healing stay as they are.
+
+    `state`: a file that keeps what was learned by imitation, and is gone on from if it is there.
 
     Texts as in `engine.refactor.distil`. Memory: the model twice, one batch's activations, and of every recorded token
     a byte for each expert of each layer.
@@ -71,7 +77,12 @@ def learn_pregate(
     torch.manual_seed(settings.seed)
     model = PregateModel(source.config, settings.spec, plan.settings.num_experts, split_layers)
     learning = _Learning(model, student, teacher, texts, settings, progress)
-    learning.imitate()
+    if state is not None and state.exists():
+        model.load_state_dict(torch.load(state, weights_only=True))
+    else:
+        learning.imitate()
+        if state is not None:
+            torch.save(model.state_dict(), state)
     learning.distil()
     return PregatePlan(settings.spec, {name: rounded(p) for name, p in model.named_parameters()})
 
@@ -135,25 +146,49 @@ class _Learning:
         self._train("imitate routers", len(batches), settings.rate, loss)
 
     def distil(self) -> None:
-        """KL divergence from the dense model when the pre-gate routes."""
+        """KL divergence from the dense model when the pre-gate routes; what makes it worse is undone."""
         settings = self._settings
+        num_steps = settings.num_distil_tokens // (settings.batch_size * self._length)
+        if num_steps == 0:
+            return
+        judged = [self._draw(settings.batch_size) for _ in range(_NUM_JUDGED)]
+        before = self._divergence(judged)
+        imitated = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
 
         def loss(step: int) -> tuple[Tensor, float]:
             tokens = self._draw(settings.batch_size)
             with torch.no_grad():
                 wanted = self._teacher.teach(self._teacher.prefix(tokens))
-                hidden = self._student.prefix(tokens)
-            logits = self._logits(tokens)
-            active = torch.tensor(self._student.settings.num_active)
-            masks = [choose(layer, active, settings.temperature)[0] for layer in logits.unbind(2)]
-            states, _ = self._student.run(hidden, masks=masks)
+            states = self._routed(tokens, self._logits(tokens))
             divergence, value = self._student.divergence(
                 states.flatten(0, 1), wanted.flatten(0, 1), torch.ones(tokens.numel())
             )
             return value, divergence
 
-        num_steps = settings.num_distil_tokens // (settings.batch_size * self._length)
         self._train("distil pre-gate", num_steps, settings.distil_rate, loss)
+        after = self._divergence(judged)
+        if after >= before:
+            self._model.load_state_dict(imitated)
+        self._progress("judge imitation", 1, 2, before)
+        self._progress("judge distillation", 2, 2, after)
+
+    @torch.no_grad()
+    def _divergence(self, batches: Sequence[Tensor]) -> float:
+        """Mean KL divergence from the dense model, in nats."""
+        total = 0.0
+        for tokens in batches:
+            wanted = self._teacher.teach(self._teacher.prefix(tokens))
+            states = self._routed(tokens, self._logits(tokens))
+            total += self._student.divergence(states.flatten(0, 1), wanted.flatten(0, 1), torch.ones(tokens.numel()))[0]
+        return total / len(batches)
+
+    def _routed(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """Final normed states when these logits of the split layers route."""
+        with torch.no_grad():
+            hidden = self._student.prefix(tokens)
+        active = torch.tensor(self._student.settings.num_active)
+        masks = [choose(layer, active, self._settings.temperature)[0] for layer in logits.unbind(2)]
+        return self._student.run(hidden, masks=masks)[0]
 
     def _train(self, what: str, num_steps: int, rate: float, loss: Callable[[int], tuple[Tensor, float]]) -> None:
         """`loss` gives a step's loss and what to tell of it. Cosine, after a warm-up of a twentieth."""

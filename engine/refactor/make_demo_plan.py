@@ -85,7 +85,8 @@ def make_plan(
         )
 
     def pregate() -> RefactorPlan:
-        learned = learn_pregate(source, plan, texts, pregate_settings, progress=_pregate_losses())
+        state = work / "pregate.state"
+        learned = learn_pregate(source, plan, texts, pregate_settings, state=state, progress=_pregate_losses())
         return replace(plan, pregate=learned)
 
     for name, stage in (("split", split), ("distilled", heal), ("pregated", pregate)):
