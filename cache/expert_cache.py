@@ -15,7 +15,7 @@ from cache.policies import POLICIES
 from cache.policies.policy import Policy
 from cache.slot_pool import SlotPool
 from cache.stats import CacheStats, PhaseCounters, PrefetchCounters
-from cache.transfer import TransferEngine
+from cache.transfer import Transfer, TransferEngine
 
 
 class ExpertCache:
@@ -29,15 +29,20 @@ class ExpertCache:
         self,
         store: ExpertStore,
         pool: SlotPool,
-        policy: str = "lru",
+        policy: str | Policy = "lru",
         *,
         host: HostTier | None = None,
         num_io_threads: int = 4,
         link_bandwidth: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        transfer: Transfer | None = None,
+        arrival: threading.Condition | None = None,
     ) -> None:
-        """`host`: a tier over the store that answers first. `link_bandwidth`: see `TransferEngine`."""
-        if policy not in POLICIES:
+        """`host`: a tier over the store that answers first. `link_bandwidth`: see `TransferEngine`.
+
+        `clock`, `transfer` and `arrival`, which is waited on, are passed where time is simulated.
+        """
+        if isinstance(policy, str) and policy not in POLICIES:
             raise ValueError(f"unknown cache policy {policy!r}; known: {', '.join(sorted(POLICIES))}")
         if pool.slot_nbytes < store.record_nbytes:
             raise ValueError(f"slots of {pool.slot_nbytes} bytes cannot hold records of {store.record_nbytes}")
@@ -46,12 +51,17 @@ class ExpertCache:
         self._host = host
         layers = sorted({key.layer for key in store.header.keys})
         num_experts = 1 + max(key.expert for key in store.header.keys)
-        self._policy: Policy = POLICIES[policy](pool.num_slots, layers, num_experts)
-        self._transfer = TransferEngine(host or store, num_io_threads, link_bandwidth=link_bandwidth)
+        self._policy: Policy = (
+            POLICIES[policy](pool.num_slots, layers, num_experts) if isinstance(policy, str) else policy
+        )
+        self._transfer: Transfer = transfer or TransferEngine(
+            host or store, num_io_threads, link_bandwidth=link_bandwidth
+        )
         self._clock = clock
         self._entries: dict[ExpertKey, Entry] = {}
         self._ahead: dict[ExpertKey, Entry] = {}  # prefetched and not asked for yet
-        self._changed = threading.Condition()  # guards all of it; notified when an expert arrives or is unpinned
+        # guards all of it; notified when an expert arrives or is unpinned
+        self._changed = arrival or threading.Condition()
         self._counters: dict[Phase, PhaseCounters] = {"prefill": PhaseCounters(), "decode": PhaseCounters()}
         self._prefetch_counters: dict[int, PrefetchCounters] = {}  # by layers ahead
         self._num_evictions = self._num_waves = 0
@@ -66,7 +76,7 @@ class ExpertCache:
         return self._store.record_nbytes
 
     @property
-    def transfer(self) -> TransferEngine:
+    def transfer(self) -> Transfer:
         """What brings the records: its bandwidth, latency and queue."""
         return self._transfer
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
-from cache.transfer import Ticket
+from cache.transfer_queue import Ticket
 
 if TYPE_CHECKING:
     from cache.expert_cache import ExpertCache

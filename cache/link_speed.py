@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 WEIGHT = 0.2  # of a new sample in the averages
 _DEPTHS = (2, 4, 8)  # reads under way that are tried, in this order
@@ -14,18 +15,19 @@ _SAMPLE_NBYTES = 4 * 1024**2  # read between two samples of the bandwidth
 class Rate:
     """Bytes per second of the time in which something is under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.average: float | None = None
+        self._clock = clock
         self._nbytes = 0
         self._busy_s = 0.0
         self._since: float | None = None
 
     def begin(self) -> None:
         if self._since is None:
-            self._since = time.perf_counter()
+            self._since = self._clock()
 
     def add(self, nbytes: int, *, is_idle: bool) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         assert self._since is not None
         self._busy_s += now - self._since
         self._since = None if is_idle else now
@@ -39,7 +41,8 @@ class Rate:
 class DepthTrials:
     """Tries each depth while there is a queue, then keeps the smallest that is about as fast as the fastest."""
 
-    def __init__(self, max_depth: int) -> None:
+    def __init__(self, max_depth: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._left = [depth for depth in _DEPTHS if depth <= max_depth] or [max_depth]
         self._rates: dict[int, float] = {}
         self.depth = self._left.pop(0)
@@ -49,7 +52,7 @@ class DepthTrials:
     def add(self, nbytes: int, *, has_queue: bool) -> None:
         if self.depth in self._rates:
             return  # settled
-        now = time.perf_counter()
+        now = self._clock()
         if self._since is None or not has_queue:
             self._since, self._nbytes = (now if has_queue else None), 0
             return

@@ -88,6 +88,17 @@ class Prefetcher:
         num_layers = len(self._compute_s)
         return sum(self._compute_s[(index + i) % num_layers] for i in range(distance))
 
+    def num_admitted(self, index: int, distance: int) -> int:
+        """Records that the link has room for now, to be there `distance` layers after layer `index`."""
+        transfer = self._cache.transfer
+        nbytes = self._cache.record_nbytes
+        bandwidth = transfer.bandwidth
+        if bandwidth is None:
+            admitted = float(transfer.depth * nbytes)  # not measured yet: as many as are read at once
+        else:
+            admitted = bandwidth * self.window_s(index, distance)
+        return max(0, int((admitted - transfer.in_flight_nbytes) // nbytes))
+
     def offer(
         self, index: int, distance: int, candidates: Sequence[Candidate], keep: Collection[ExpertKey] = frozenset()
     ) -> int:
@@ -95,13 +106,7 @@ class Prefetcher:
 
         Nothing in `keep` is evicted for it.
         """
-        transfer = self._cache.transfer
-        nbytes = self._cache.record_nbytes
-        if transfer.bandwidth is None:
-            admitted = float(transfer.depth * nbytes)  # not measured yet: as many as are read at once
-        else:
-            admitted = transfer.bandwidth * self.window_s(index, distance)
-        num = int((admitted - transfer.in_flight_nbytes) // nbytes)
+        num = self.num_admitted(index, distance)
         if num <= 0:
             return 0
         likely = [candidate for candidate in candidates if candidate[1] >= self.floor]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from cache.expert_key import ExpertKey
 from cache.policies import POLICIES
@@ -94,30 +95,40 @@ def replay(
     The books are those of `ExpertCache`: the experts of a layer call that are resident are pinned first, then each
     miss takes a free slot or a victim's; when all slots are pinned, what was fetched is computed and let go.
     """
-    if policy not in REPLAY_POLICIES:
-        raise ValueError(f"unknown cache policy {policy!r}; known: {', '.join(sorted(REPLAY_POLICIES))}")
+    steps = partial(schedule, trace, concurrency, prefill_chunk)
+    return Replay(trace, make_policy(policy, num_slots, trace, steps), num_slots, clock).run(policy, steps())
+
+
+def make_policy(name: str, num_slots: int, trace: RoutingTrace, steps: Callable[[], Iterable[Step]]) -> Policy:
+    """A policy for the trace; `belady` foresees the steps. Raises `ValueError` for an unknown name or no slots."""
+    if name not in REPLAY_POLICIES:
+        raise ValueError(f"unknown cache policy {name!r}; known: {', '.join(sorted(REPLAY_POLICIES))}")
     if num_slots < 1:
         raise ValueError("a cache needs at least one slot")
-    decides = REPLAY_POLICIES[policy](num_slots, trace.layers, trace.num_experts)
-    if isinstance(decides, BeladyPolicy):
-        decides.foresee(_uses(trace, concurrency, prefill_chunk))
-    return _Replay(trace, decides, num_slots, clock).run(policy, schedule(trace, concurrency, prefill_chunk))
+    policy = REPLAY_POLICIES[name](num_slots, trace.layers, trace.num_experts)
+    if isinstance(policy, BeladyPolicy):
+        policy.foresee(_uses(trace, steps()))
+    return policy
 
 
-class _Replay:
-    def __init__(self, trace: RoutingTrace, policy: Policy, num_slots: int, clock: Callable[[], float]) -> None:
+class Replay:
+    """The books of one replay: what is resident, and what `run` counts."""
+
+    def __init__(
+        self, trace: RoutingTrace, policy: Policy, num_slots: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._trace = trace
         self._policy = policy
         self._clock = clock
         self._num_free = num_slots
-        self._resident: set[ExpertKey] = set()
+        self.resident: set[ExpertKey] = set()
         self._keys = [[ExpertKey(layer, e) for e in range(trace.num_experts)] for layer in trace.layers]
 
     def run(self, name: str, steps: Iterator[Step]) -> ReplayResult:
         queries, hits = [0, 0], [0, 0]  # decode, prefill
         num_steps = num_calls = 0
         decision_s = 0.0
-        clock, resident = self._clock, self._resident
+        clock, resident = self._clock, self.resident
         observe, touch, ended = self._policy.observe, self._policy.touch, self._policy.ended
         for step in steps:
             num_steps += 1
@@ -157,7 +168,7 @@ class _Replay:
         )
 
     def _fetch(self, missing: list[ExpertKey], pinned: set[ExpertKey]) -> None:
-        policy, resident = self._policy, self._resident
+        policy, resident = self._policy, self.resident
 
         def evictable(key: ExpertKey) -> bool:
             return key not in pinned
@@ -178,12 +189,12 @@ class _Replay:
             pinned.add(key)
 
 
-def _uses(trace: RoutingTrace, concurrency: int, prefill_chunk: int) -> dict[ExpertKey, list[int]]:
+def _uses(trace: RoutingTrace, steps: Iterable[Step]) -> dict[ExpertKey, list[int]]:
     """The layer calls, numbered in order, that use each expert."""
     uses: dict[ExpertKey, list[int]] = {}
     keys = [[ExpertKey(layer, e) for e in range(trace.num_experts)] for layer in trace.layers]
     call = 0
-    for step in schedule(trace, concurrency, prefill_chunk):
+    for step in steps:
         for of_layer, chosen in zip(keys, trace.ids[step.rows].swapaxes(0, 1).tolist(), strict=True):
             for e in {e for row in chosen for e in row}:
                 uses.setdefault(of_layer[e], []).append(call)

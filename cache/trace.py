@@ -6,6 +6,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,15 @@ def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         domains=tuple(domain for trace in traces for domain in trace.domains),
         token_ids=np.concatenate(tokens) if len(tokens) == len(traces) else None,
     )
+
+
+def in_turns(trace: RoutingTrace) -> RoutingTrace:
+    """The same requests with the domains taking turns, each in its own order: a mixed workload."""
+    of_domain: dict[str, list[int]] = {}
+    for request, domain in enumerate(trace.domains):
+        of_domain.setdefault(domain, []).append(request)
+    rounds = zip_longest(*of_domain.values())
+    return concatenate([trace.select(r, r + 1) for turn in rounds for r in turn if r is not None])
 
 
 def _of_ours(parts: dict[str, Any]) -> RoutingTrace:

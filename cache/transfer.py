@@ -6,23 +6,15 @@ another are read together, and the number of reads under way is what this device
 
 from __future__ import annotations
 
-import heapq
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from itertools import count
+from collections.abc import Sequence
 from typing import Protocol
 
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
-from cache.link_speed import WEIGHT, DepthTrials, Rate
-
-OnDone = Callable[[ExpertReadError | None], None]
-
-_AHEAD_NBYTES = 2 * 1024**2  # of uncertain prefetches that are being read at most, or one record
-_CERTAIN = 0.98  # benefit from which on a prefetch is sure to be asked for
-_TOGETHER_NBYTES = 1024**2  # at most in one read of neighbours: the first of them waits for the last
+from cache.link_speed import WEIGHT
+from cache.transfer_queue import OnDone, Ticket, TransferQueue
 
 
 class Source(Protocol):
@@ -44,28 +36,40 @@ class Source(Protocol):
         ...
 
 
-class Ticket:
-    """One record on its way."""
+class Transfer(Protocol):
+    """What `ExpertCache` asks of it: `TransferEngine`, or a stand-in whose time is simulated."""
 
-    __slots__ = ("benefit", "buffer", "evicted", "is_demand", "is_queued", "key", "on_done", "position")
+    num_ahead: int  # records whose read began before anybody waited for them
+    num_reads: int
+    num_retries: int
+    num_errors: int
+    read_s: float  # summed over threads
+    latency_s: float  # of one read, averaged
 
-    def __init__(
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def bandwidth(self) -> float | None: ...
+
+    @property
+    def in_flight_nbytes(self) -> int: ...
+
+    def submit(
         self,
         key: ExpertKey,
-        position: int,
         buffer: memoryview,
         on_done: OnDone,
-        benefit: float,
-        evicted: ExpertKey | None,
-    ) -> None:
-        self.key = key
-        self.position = position
-        self.buffer = buffer
-        self.on_done = on_done
-        self.benefit = benefit
-        self.evicted = evicted  # whose record the buffer still holds
-        self.is_demand = False
-        self.is_queued = True  # not begun, not cancelled
+        *,
+        benefit: float | None = None,
+        evicted: ExpertKey | None = None,
+    ) -> Ticket: ...
+
+    def promote(self, ticket: Ticket) -> None: ...
+
+    def cancel(self, ticket: Ticket) -> bool: ...
+
+    def close(self) -> None: ...
 
 
 class TransferEngine:
@@ -78,21 +82,14 @@ class TransferEngine:
     def __init__(self, source: Source, max_depth: int, *, link_bandwidth: float | None = None) -> None:
         self._source = source
         self._link_bandwidth = link_bandwidth
-        self._depths = DepthTrials(max_depth)
+        self._queue = TransferQueue(source.record_nbytes, max_depth)
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)  # there may be something to read
+        self._work = threading.Condition(self._lock)  # there is something to read
+        self._num_idle = self._num_waking = 0  # threads that wait for it; of them those told, that have not looked yet
         self._link = threading.Condition(self._lock)  # somebody may cross it
-        self._demands: deque[Ticket] = deque()
-        self._prefetches: list[tuple[float, int, Ticket]] = []  # heap, the most useful first
-        self._order = count()
-        self._queued: dict[int, Ticket] = {}  # by position
-        self._num_running = self._num_running_prefetches = 0
         self._is_closing = False
-        self._max_uncertain = max(1, _AHEAD_NBYTES // source.record_nbytes)
         self._link_is_busy = False
         self._num_demands_at_link = 0
-        self._rate = Rate()
-        self.queued_nbytes = self.running_nbytes = 0
         self.num_ahead = 0  # records whose read began before anybody waited for them
         self.num_reads = self.num_retries = self.num_errors = self.num_cancelled = 0
         self.read_s = 0.0  # summed over threads
@@ -106,17 +103,17 @@ class TransferEngine:
     @property
     def depth(self) -> int:
         """Reads that may be under way now."""
-        return self._depths.depth
+        return self._queue.depth
 
     @property
     def bandwidth(self) -> float | None:
         """Bytes/s while reads are under way, averaged; None before the first sample."""
-        return self._rate.average
+        return self._queue.bandwidth
 
     @property
     def in_flight_nbytes(self) -> int:
         """Queued or being read."""
-        return self.queued_nbytes + self.running_nbytes
+        return self._queue.queued_nbytes + self._queue.running_nbytes
 
     def submit(
         self,
@@ -132,35 +129,26 @@ class TransferEngine:
         with self._lock:
             if self._is_closing:
                 raise RuntimeError("the transfer engine is closed")
-            self._queued[ticket.position] = ticket
-            self.queued_nbytes += self._source.record_nbytes
-            if benefit is None:
-                ticket.is_demand = True
-                self._demands.append(ticket)
-            else:
-                heapq.heappush(self._prefetches, (-benefit, next(self._order), ticket))
-            self._work.notify()
+            self._queue.add(ticket, benefit)
+            self._wake()
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
         """Somebody waits for it now."""
         with self._lock:
             if not ticket.is_demand:
-                ticket.is_demand = True
+                self._queue.promote(ticket)
                 if ticket.is_queued:
-                    self._demands.append(ticket)
-                    self._work.notify()
+                    self._wake()
                 else:
                     self._link.notify_all()
 
     def cancel(self, ticket: Ticket) -> bool:
         """Forget a read that has not begun and nobody waits for; whether it was one. Its `on_done` is never called."""
         with self._lock:
-            if not ticket.is_queued or ticket.is_demand:
-                return False
-            self._take(ticket)
-            self.num_cancelled += 1
-            return True
+            is_cancelled = self._queue.cancel(ticket)
+            self.num_cancelled += is_cancelled
+            return is_cancelled
 
     def close(self) -> None:
         """Finish what was submitted and end the threads."""
@@ -169,11 +157,6 @@ class TransferEngine:
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
-
-    def _take(self, ticket: Ticket) -> None:
-        ticket.is_queued = False
-        del self._queued[ticket.position]
-        self.queued_nbytes -= self._source.record_nbytes
 
     def _run(self) -> None:
         while True:
@@ -193,49 +176,23 @@ class TransferEngine:
         """The next read, one record or neighbours, and whether somebody waits; empty when nothing more is to come."""
         with self._lock:
             while True:
-                ticket = self._first()
-                if ticket is not None:
-                    is_demand = ticket.is_demand
-                    tickets = self._with_neighbours(ticket)
-                    self._num_running += 1
-                    self._num_running_prefetches += not is_demand
-                    self.running_nbytes += len(tickets) * self._source.record_nbytes
-                    self._rate.begin()
+                tickets, is_demand = self._queue.next()
+                if tickets:
+                    self._wake()
                     return tickets, is_demand
-                if self._is_closing and not self._queued:
+                if self._is_closing and self._queue.is_empty:
                     self._work.notify_all()
                     return [], False
+                self._num_idle += 1
                 self._work.wait()
+                self._num_idle -= 1
+                self._num_waking = max(0, self._num_waking - 1)
 
-    def _first(self) -> Ticket | None:
-        """The ticket to serve now, if one more read may begin."""
-        while self._demands and not self._demands[0].is_queued:
-            self._demands.popleft()
-        while self._prefetches and not (self._prefetches[0][2].is_queued and not self._prefetches[0][2].is_demand):
-            heapq.heappop(self._prefetches)
-        depth = self._depths.depth
-        if self._demands:
-            return self._demands.popleft() if self._num_running < depth else None
-        if not self._prefetches or self._num_running >= depth:
-            return None
-        # a read that has begun cannot be overtaken, and takes its share of the device from what is waited for
-        is_certain = self._prefetches[0][2].benefit >= _CERTAIN
-        limit = max(depth - 1, self._max_uncertain) if is_certain else self._max_uncertain
-        return heapq.heappop(self._prefetches)[2] if self._num_running_prefetches < limit else None
-
-    def _with_neighbours(self, ticket: Ticket) -> list[Ticket]:
-        limit = max(1, _TOGETHER_NBYTES // self._source.record_nbytes)
-        run = deque([ticket])
-        self._take(ticket)
-        for step in (1, -1):
-            position = ticket.position + step
-            while len(run) < limit and (other := self._queued.get(position)) is not None:
-                if other.is_demand != ticket.is_demand:
-                    break
-                self._take(other)
-                run.append(other) if step > 0 else run.appendleft(other)
-                position += step
-        return list(run)
+    def _wake(self) -> None:
+        """One more thread, if it may begin to read; it wakes the next. All at once would cost more than small reads."""
+        if self._num_waking < min(self._num_idle, self._queue.num_may_begin):
+            self._num_waking += 1
+            self._work.notify()
 
     def _read(self, tickets: list[Ticket]) -> tuple[list[ExpertReadError | None], int]:
         """-> what is wrong with each, after a second try of those with something wrong; how many those were."""
@@ -274,17 +231,11 @@ class TransferEngine:
     def _finished(
         self, tickets: list[Ticket], is_demand: bool, seconds: float, num_retries: int, num_errors: int
     ) -> None:
-        nbytes = len(tickets) * self._source.record_nbytes
         with self._lock:
-            self._num_running -= 1
-            self._num_running_prefetches -= not is_demand
-            self.running_nbytes -= nbytes
+            self._queue.finished(len(tickets), is_demand=is_demand)
             self.num_reads += len(tickets)
             self.num_ahead += 0 if is_demand else len(tickets)
             self.num_retries += num_retries
             self.num_errors += num_errors
             self.read_s += seconds
             self.latency_s += (seconds - self.latency_s) * (WEIGHT if self.latency_s else 1.0)
-            self._rate.add(nbytes, is_idle=self._num_running == 0)
-            self._depths.add(nbytes, has_queue=bool(self._queued))
-            self._work.notify_all()

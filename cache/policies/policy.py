@@ -34,7 +34,7 @@ class Policy(Protocol):
         """A layer call begins: token i of the step belongs to `requests[i]` and is routed to the experts `chosen[i]`.
 
         Called before the cache looks those experts up. `is_prefill`: the step has a prompt chunk in it; tokens of a
-        request are in order, and a request with several is being prefilled.
+        request are in order, and a request with several is being prefilled. `chosen` does not change afterwards.
         """
 
     def ended(self, request: int) -> None:

@@ -20,7 +20,7 @@ _SELDOM = 4
 @dataclass(slots=True)
 class _Forecast:
     view: View
-    features: NDArray[np.float32]  # [F, D, T, E]; zeros of a predictor that had nothing to say
+    features: NDArray[np.float32]  # [D, F + 1, T, E]; zeros of a predictor that had nothing to say; ones
     probabilities: Probabilities
 
 
@@ -40,6 +40,11 @@ class Fusion:
         self._forecasts: list[_Forecast] = []  # of this step, by view
         self._num_steps = 0
 
+    @property
+    def is_eager(self) -> bool:
+        """Whether it has still so much to learn that it should predict even what nobody can use."""
+        return self._num_steps <= _EAGER
+
     def step_begins(self) -> None:
         self._forecasts.clear()
         self._num_steps += 1
@@ -49,15 +54,18 @@ class Fusion:
         first = view.index + 1
         targets = slice(first, min(self._num_layers, first + self.max_distance))
         num_targets = targets.stop - targets.start
-        shape = (len(self._predictors), num_targets, len(view.requests), self._num_experts)
+        shape = (num_targets, len(self._predictors) + 1, len(view.requests), self._num_experts)
         features = np.zeros(shape, dtype=np.float32)
+        features[:, -1] = 1.0
         for i, predictor in enumerate(self._predictors):
             scores = predictor.scores(targets, view)
             if scores is not None:
-                features[i] = scores
-        weights = self._weights[int(view.index >= 0), :num_targets]
-        logits = np.einsum("fdte,df->dte", features, weights[:, :-1]) + weights[:, -1, None, None]
-        probabilities = np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -20.0, 20.0))), dtype=np.float32)
+                features[:, i] = scores
+        weights = self._weights[int(view.index >= 0), :num_targets, None]  # [D, 1, F + 1]
+        logits = weights @ features.reshape(*shape[:2], -1)
+        probabilities: Probabilities = np.tanh(0.5 * logits).reshape(num_targets, *shape[2:])
+        probabilities += 1.0
+        probabilities *= 0.5
         self._forecasts.append(_Forecast(view, features, probabilities))
         return probabilities
 
@@ -68,16 +76,17 @@ class Fusion:
         that are learned from.
         """
         recalls: dict[int, tuple[int, int]] = {}
-        if self._num_steps <= _EAGER or self._num_steps % _SELDOM == 0:
-            num_uses = int(chosen.sum())
+        if self.is_eager or self._num_steps % _SELDOM == 0:
+            num_uses = int(np.count_nonzero(chosen))
             last = self._num_experts - self._num_active
+            rows = np.arange(len(chosen))[:, None]
             for forecast in self._forecasts:
                 distance = index - forecast.view.index
                 if not 1 <= distance <= len(forecast.probabilities):
                     continue
-                self._learn(forecast, distance, chosen)
+                self._learn(forecast, distance, chosen, num_uses)
                 top = np.argpartition(forecast.probabilities[distance - 1], last, axis=-1)[:, last:]
-                recalls[distance] = (int(np.take_along_axis(chosen, top, axis=1).sum()), num_uses)
+                recalls[distance] = (int(np.count_nonzero(chosen[rows, top])), num_uses)
         for predictor in self._predictors:
             predictor.observe(index, view, chosen)
         return recalls
@@ -86,10 +95,11 @@ class Fusion:
         for predictor in self._predictors:
             predictor.ended(request)
 
-    def _learn(self, forecast: _Forecast, distance: int, chosen: NDArray[np.bool_]) -> None:
+    def _learn(self, forecast: _Forecast, distance: int, chosen: NDArray[np.bool_], num_uses: int) -> None:
         error = forecast.probabilities[distance - 1] - chosen
-        gradient = np.append(np.tensordot(forecast.features[:, distance - 1], error, axes=2), error.sum())
-        gradient /= max(1, chosen.sum())
+        features = forecast.features[distance - 1]
+        gradient = features.reshape(len(features), -1) @ error.reshape(-1)
+        gradient /= max(1, num_uses)
         at = (int(forecast.view.index >= 0), distance - 1)
         self._squares[at] += gradient**2
         self._weights[at] -= _STEP * gradient / np.sqrt(self._squares[at])

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache.certain_prefetch import CertainPrefetch
 from cache.expert_key import ExpertKey
 from cache.predictors.fusion import Fusion, used_by_any
 from cache.predictors.predictor import View
@@ -45,7 +46,12 @@ class Observers:
         self._observers = list(observers)
 
     def add(self, observer: RoutingObserver) -> None:
-        self._observers.append(observer)
+        """Between steps: every step is seen whole."""
+        self._observers = [*self._observers, observer]
+
+    def remove(self, observer: RoutingObserver) -> None:
+        """Between steps, or when one ends."""
+        self._observers = [one for one in self._observers if one is not observer]
 
     def step_begins(self, batch: Batch) -> None:
         for observer in self._observers:
@@ -69,50 +75,20 @@ class ExactForesight:
 
     def __init__(self, prefetcher: Prefetcher, keys: Sequence[Sequence[ExpertKey]]) -> None:
         """`keys`: of each layer with experts, in the router's order."""
-        self._prefetcher = prefetcher
-        self._all_keys = keys
-        self._wanted: list[list[ExpertKey]] = []  # of each layer, in this step
-        self._still: list[frozenset[ExpertKey]] = []  # wanted from this layer on
-        self._next = 0  # the first layer of which not all is here or on its way
+        self._plan = CertainPrefetch(prefetcher, keys)
 
     def step_begins(self, batch: Batch) -> None:
         assert batch.routings is not None
-        self._begin([routing.experts for routing in batch.routings])
-
-    def _begin(self, experts: Sequence[Sequence[int]]) -> None:
-        """A step whose layers will be asked for these experts."""
-        self._wanted = [
-            [keys[expert] for expert in of_layer] for keys, of_layer in zip(self._all_keys, experts, strict=True)
-        ]
-        still: frozenset[ExpertKey] = frozenset()
-        self._still = [still]
-        for wanted in reversed(self._wanted):
-            still = still.union(wanted)
-            self._still.append(still)
-        self._still.reverse()
-        self._next = 0
-        self._prefetcher.step_begins()
-        self._prefetch(-1)
+        self._plan.step_begins([routing.experts for routing in batch.routings])
 
     def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
-        self._prefetcher.layer_begins(index)
-        self._prefetcher.foretold(1, len(routing.experts), len(routing.experts))
-        self._prefetch(index)
+        self._plan.layer_begins(index)
 
     def step_ends(self) -> None:
-        self._prefetcher.step_ends()
+        self._plan.step_ends()
 
     def request_ends(self, number: int) -> None:
         """Nothing: every step is known anew."""
-
-    def _prefetch(self, index: int) -> None:
-        """Top up what is on its way, nearest layer first; what this step still needs makes no room for it."""
-        self._next = max(self._next, index + 1)
-        keep = self._still[max(0, index)]
-        while self._next < len(self._wanted):
-            if not self._prefetcher.offer_certain(self._next - index, self._wanted[self._next], keep):
-                return
-            self._next += 1
 
 
 class OracleForesight(ExactForesight):
@@ -126,7 +102,7 @@ class OracleForesight(ExactForesight):
         self._steps = iter(steps)
 
     def step_begins(self, batch: Batch) -> None:
-        self._begin(next(self._steps))
+        self._plan.step_begins(next(self._steps))
 
 
 class Gate(Protocol):
@@ -169,7 +145,8 @@ class LearnedForesight:
         self._scale = num_rows / len(self._rows)
         tokens = batch.token_ids.numpy()[self._rows].tolist()
         self._view = View(-1, [batch.requests[row] for row in self._rows.tolist()], tokens)
-        self._foretell(self._view)
+        if self._is_of_use(-1):
+            self._foretell(self._view)
 
     def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
         self._prefetcher.layer_begins(index)
@@ -178,10 +155,10 @@ class LearnedForesight:
         keys = self._keys[index]
         self._prefetcher.cancel(keys[0].layer, {keys[expert] for expert in routing.experts})
         chosen = np.zeros((len(self._rows), len(keys)), dtype=np.bool_)
-        np.put_along_axis(chosen, routing.ids.numpy()[self._rows].astype(np.int64), True, axis=1)
+        chosen[np.arange(len(chosen))[:, None], routing.ids.numpy()[self._rows]] = True
         for distance, counts in self._fusion.observe(index, self._view, chosen).items():
             self._prefetcher.foretold(distance, *counts)
-        if index + 1 < len(self._keys):
+        if index + 1 < len(self._keys) and self._is_of_use(index):
             few = x if len(self._rows) == len(x) else x[torch.from_numpy(self._rows)]
             outputs = {name: gate(index, few) for name, gate in self._gates.items()}
             known = {name: output for name, output in outputs.items() if output is not None}
@@ -193,13 +170,18 @@ class LearnedForesight:
     def request_ends(self, number: int) -> None:
         self._fusion.ended(number)
 
+    def _is_of_use(self, index: int) -> bool:
+        """Whether the link has room for something, or the fusion has to learn."""
+        farthest = min(self._fusion.max_distance, len(self._keys) - 1 - index)
+        return self._fusion.is_eager or self._prefetcher.num_admitted(max(index, 0), farthest) > 0
+
     def _foretell(self, view: View) -> None:
         """Offer what the next layers are likely to ask for, nearest first; the sooner ones' makes no room for later."""
         keep: set[ExpertKey] = set()
-        likely = used_by_any(self._fusion.predict(view), self._scale)
+        likely = used_by_any(self._fusion.predict(view), self._scale).tolist()
+        floor = self._prefetcher.floor
         for distance, of_layer in enumerate(likely, start=1):
             keys = self._keys[view.index + distance]
-            found = np.flatnonzero(of_layer >= self._prefetcher.floor).tolist()
-            candidates = [(keys[i], float(of_layer[i])) for i in found]
+            candidates = [(key, p) for key, p in zip(keys, of_layer, strict=True) if p >= floor]
             self._prefetcher.offer(max(view.index, 0), distance, candidates, keep)
             keep.update(key for key, probability in candidates if probability >= KEPT)

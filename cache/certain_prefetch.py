@@ -1,0 +1,54 @@
+"""Reads ahead where a step's routing is known before its first layer: exactly what is used, the nearest layer first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cache.expert_key import ExpertKey
+from cache.prefetcher import Prefetcher
+
+
+class CertainPrefetch:
+    """Told when a step, each of its layers and its end come; the layers with experts are counted from 0."""
+
+    def __init__(self, prefetcher: Prefetcher, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        """`keys`: of each layer with experts, in the router's order."""
+        self._prefetcher = prefetcher
+        self._all_keys = keys
+        self._wanted: list[list[ExpertKey]] = []  # of each layer, in this step
+        self._still: list[frozenset[ExpertKey]] = []  # wanted from this layer on
+        self._next = 0  # the first layer of which not all is here or on its way
+
+    def step_begins(self, experts: Sequence[Sequence[int]]) -> None:
+        """A step whose layers will be asked for these experts."""
+        self._wanted = [
+            [keys[expert] for expert in of_layer] for keys, of_layer in zip(self._all_keys, experts, strict=True)
+        ]
+        still: frozenset[ExpertKey] = frozenset()
+        self._still = [still]
+        for wanted in reversed(self._wanted):
+            still = still.union(wanted)
+            self._still.append(still)
+        self._still.reverse()
+        self._next = 0
+        self._prefetcher.step_begins()
+        self._prefetch(-1)
+
+    def layer_begins(self, index: int) -> None:
+        """The misses of that layer are on their way, its experts not computed yet."""
+        self._prefetcher.layer_begins(index)
+        self._prefetcher.foretold(1, len(self._wanted[index]), len(self._wanted[index]))
+        self._prefetch(index)
+
+    def step_ends(self) -> None:
+        """The last layer is computed."""
+        self._prefetcher.step_ends()
+
+    def _prefetch(self, index: int) -> None:
+        """Top up what is on its way, nearest layer first; what this step still needs makes no room for it."""
+        self._next = max(self._next, index + 1)
+        keep = self._still[max(0, index)]
+        while self._next < len(self._wanted):
+            if not self._prefetcher.offer_certain(self._next - index, self._wanted[self._next], keep):
+                return
+            self._next += 1
