@@ -30,7 +30,7 @@ from kernels.backend import Routing
 
 ORACLE = "oracle"
 OFF = "off"
-_WARM_UP_TOKENS = 16  # of each sequence, before anything is counted
+WARM_UP_TOKENS = 16  # of each sequence, before anything is counted
 
 
 class OffloadResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +57,7 @@ class OffloadResult(msgspec.Struct, frozen=True, kw_only=True):
         return self.step_ms / max(self.resident_step_ms, self.link_step_ms)
 
 
-class _RoutingLog:
+class RoutingLog:
     """The experts that each layer of each step is asked for."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class _RoutingLog:
         """Nothing."""
 
 
-class _Run(msgspec.Struct):
+class OffloadRun(msgspec.Struct):
     """One pass over the workload."""
 
     answers: list[tuple[list[int], list[float]]]  # tokens and logprobs of each sequence
@@ -117,11 +117,11 @@ def bench_offload(
                 return Checkpoint(directory)
             return SyntheticCheckpoint(random_shape, num_layers, directory, routing_skew)
 
-        log = _RoutingLog()
-        with _engine(replace(config, cache=replace(config.cache, predictor=OFF)), checkpoint(), progress) as engine:
+        log = RoutingLog()
+        with open_engine(replace(config, cache=replace(config.cache, predictor=OFF)), checkpoint(), progress) as engine:
             engine.observe(log)
             num_experts, record_nbytes = engine.stats().expert_cache.num_slots, engine.stats().expert_cache.slot_nbytes
-            resident = _run(engine, workload, num_seqs)
+            resident = run_workload(engine, workload, num_seqs)
         for share in memory_shares:
             for link in links:
                 results = []
@@ -132,24 +132,26 @@ def bench_offload(
                         link_bandwidth=link,
                         predictor=OFF if predictor == ORACLE else predictor,
                     )
-                    with _engine(replace(config, cache=cache), checkpoint(), progress) as engine:
+                    with open_engine(replace(config, cache=cache), checkpoint(), progress) as engine:
                         if predictor == ORACLE:
-                            engine.observe(_oracle(engine, log))
-                        run = _run(engine, workload, num_seqs)
+                            engine.observe(make_oracle(engine, log))
+                        run = run_workload(engine, workload, num_seqs)
                     results.append(_result(run, resident, share, link, predictor, num_seqs))
                 yield from _with_recovered(results)
 
 
-def _oracle(engine: Engine, log: _RoutingLog) -> ExactForesight:
+def make_oracle(engine: Engine, log: RoutingLog) -> ExactForesight:
+    """An observer that reads ahead what the logged run asked for."""
     moe, cache = engine.moe, engine.expert_cache
     keys = [expert_keys(moe, layer) for layer in moe.layers]
     return OracleForesight(Prefetcher(cache, len(keys)), keys, log.steps)
 
 
 @contextmanager
-def _engine(
+def open_engine(
     config: EngineConfig, checkpoint: Checkpoint, progress: Callable[[str, int, int], None] | None
 ) -> Iterator[Engine]:
+    """Closed at the end."""
     tokenizer: TokenDecoder | None = NumberTokenizer() if isinstance(checkpoint, SyntheticCheckpoint) else None
     engine = Engine(config, progress, checkpoint=checkpoint, tokenizer=tokenizer)
     try:
@@ -158,12 +160,13 @@ def _engine(
         engine.close()
 
 
-def _run(engine: Engine, workload: Workload, num_seqs: int) -> _Run:
+def run_workload(engine: Engine, workload: Workload, num_seqs: int) -> OffloadRun:
+    """All sequences at once, each of `workload.output_tokens` beyond the warm-up, always the same prompts."""
     prompts = bench_prompts(engine, workload, num_seqs, seed=0)
     for i, prompt in enumerate(prompts):
         params = SamplingParams(
             temperature=workload.temperature,
-            max_tokens=workload.output_tokens + _WARM_UP_TOKENS,
+            max_tokens=workload.output_tokens + WARM_UP_TOKENS,
             ignore_eos=True,
             seed=i,
             logprobs=0,
@@ -173,7 +176,7 @@ def _run(engine: Engine, workload: Workload, num_seqs: int) -> _Run:
     step_s: list[float] = []
     before: CacheStats | None = None
     while engine.has_work:
-        counts = all(len(tokens) >= _WARM_UP_TOKENS for tokens, _ in answers.values())
+        counts = all(len(tokens) >= WARM_UP_TOKENS for tokens, _ in answers.values())
         if counts and before is None:
             before = engine.stats().expert_cache
         started = time.perf_counter()
@@ -185,11 +188,11 @@ def _run(engine: Engine, workload: Workload, num_seqs: int) -> _Run:
             tokens += output.token_ids
             logprobs += [position.chosen.logprob for position in output.logprobs or []]
     after = engine.stats().expert_cache
-    return _Run(answers=list(answers.values()), step_s=step_s, before=before or after, after=after)
+    return OffloadRun(answers=list(answers.values()), step_s=step_s, before=before or after, after=after)
 
 
 def _result(
-    run: _Run, resident: _Run, share: float, link: float | None, predictor: str, num_seqs: int
+    run: OffloadRun, resident: OffloadRun, share: float, link: float | None, predictor: str, num_seqs: int
 ) -> OffloadResult:
     num_steps = len(run.step_s)
     num_tokens = num_steps * num_seqs
