@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,7 +19,19 @@ import msgspec
 from engine.admission import check_request
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
-from engine.messages import AbortRequest, AddRequest, EngineState, EngineStats, ModelInfo, RequestOutput
+from engine.live_trace import LiveTrace
+from engine.messages import (
+    MAX_TRACE_TOKENS,
+    AbortRequest,
+    AddRequest,
+    EngineState,
+    EngineStats,
+    ModelInfo,
+    RequestOutput,
+    StartTrace,
+    StopTrace,
+    TraceRecorded,
+)
 from engine.sampling_params import SamplingParams
 from engine.threads import wait_passively
 from engine.tokenizer import Tokenizer
@@ -26,11 +39,14 @@ from engine.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from engine.convert import Progress
     from engine.engine import Engine
+    from engine.recordings import TraceService
 
 _log = logging.getLogger(__name__)
 
 _STATS_INTERVAL_S = 0.05
 _LONG_TEXT = 4096  # characters; longer texts are tokenised off the event loop
+
+_Message = AddRequest | AbortRequest | StartTrace | StopTrace
 
 
 class AsyncEngine:
@@ -52,8 +68,9 @@ class AsyncEngine:
         self._build = build
         self._state: EngineState = "stopped"
         self._error: str | None = None
-        self._inbox: queue.SimpleQueue[AddRequest | AbortRequest | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
+        self._trace = LiveTrace(self._inbox.put)
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
         self._stats = EngineStats(state="stopped")
@@ -90,7 +107,7 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
-        self._fail_streams("the server is shutting down")
+        self._fail_all("the server is shutting down")
         self._thread = self._engine = None
         if self._state != "dead":
             self._state = "stopped"
@@ -122,8 +139,7 @@ class AsyncEngine:
         Closing the generator aborts the request. Raises at the first step, before anything is queued:
         `InvalidRequest`, `EngineOverloaded` (the queue is full) or `EngineDead`.
         """
-        if self._state != "ready":
-            raise EngineDead(f"the engine is {self._state}" + (f": {self._error}" if self._error else ""))
+        self._require_ready()
         check_request(self.info, prompt_token_ids, params)
         if request_id in self._streams:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
@@ -143,6 +159,28 @@ class AsyncEngine:
             if not finished:
                 self._inbox.put(AbortRequest(request_id))
 
+    async def record_trace(
+        self, *, seconds: float, max_tokens: int = MAX_TRACE_TOKENS, domain: str = ""
+    ) -> TraceRecorded:
+        """Record which experts tokens are routed to from now on, those of running requests too.
+
+        Ends after `seconds`, with `max_tokens`, by `end_trace` or with the engine's `stop`; when it is cancelled,
+        what was recorded is thrown away. Raises `RecordingInProgress`, `EngineDead`, and `InvalidRequest` for a
+        model without experts.
+        """
+        self._require_ready()
+        if self.info.expert_format is None:
+            raise InvalidRequest("this model has no experts whose routing could be recorded", param="model")
+        recorded = await self._trace.record(seconds=seconds, max_tokens=max_tokens, domain=domain)
+        if recorded.error is not None:
+            self._require_ready()
+            raise RuntimeError(recorded.error)
+        return recorded
+
+    def end_trace(self) -> bool:
+        """End what `record_trace` records, which then returns it; False: nothing is being recorded."""
+        return self._trace.end()
+
     def stats(self) -> EngineStats:
         """The latest snapshot; at most a step old while the engine is busy."""
         age = 0.0 if self._last_step_at is None else time.monotonic() - self._last_step_at
@@ -157,6 +195,10 @@ class AsyncEngine:
             raise EngineDead(f"the engine is {self._state}" + (f": {self._error}" if self._error else ""))
         return self._engine
 
+    def _require_ready(self) -> None:
+        if self._state != "ready":
+            raise EngineDead(f"the engine is {self._state}" + (f": {self._error}" if self._error else ""))
+
     def _tokenizer(self) -> Tokenizer:
         tokenizer = self._loaded().tokenizer
         assert isinstance(tokenizer, Tokenizer)
@@ -168,14 +210,16 @@ class AsyncEngine:
             if stream is not None:
                 stream.put_nowait(output)
 
-    def _fail_streams(self, error: str) -> None:
+    def _fail_all(self, error: str) -> None:
         for request_id, stream in self._streams.items():
             stream.put_nowait(_failed(request_id, error))
+        self._trace.fail(error)
 
     def _run(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[None]) -> None:
         """The engine's thread."""
         wait_passively()
         from engine.engine import Engine
+        from engine.recordings import TraceService
 
         try:
             engine = (self._build or Engine)(self._config, self._progress)
@@ -185,18 +229,22 @@ class AsyncEngine:
         self._engine = engine
         self._stats = engine.stats()
         loop.call_soon_threadsafe(loaded.set_result, None)
+        traces = TraceService(
+            engine.recordings, lambda recorded: loop.call_soon_threadsafe(self._trace.deliver, recorded)
+        )
         try:
-            self._serve(engine, loop)
+            self._serve(engine, loop, traces)
         except Exception as error:
             _log.exception("the engine failed")
             self._state, self._error = "dead", f"{type(error).__name__}: {error}"
-            loop.call_soon_threadsafe(self._fail_streams, "the engine failed; the server's log says why")
+            loop.call_soon_threadsafe(self._fail_all, "the engine failed; the server's log says why")
         finally:
             self._last_step_at = None
             self._stats = engine.stats()
+            traces.close()
             engine.close()
 
-    def _serve(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+    def _serve(self, engine: Engine, loop: asyncio.AbstractEventLoop, traces: TraceService) -> None:
         stats_at = 0.0
         while True:
             if not engine.has_work:
@@ -204,11 +252,17 @@ class AsyncEngine:
                 self._stats = engine.stats()
             for message in self._drain(block=not engine.has_work):
                 if message is None:
+                    traces.stop()
                     return
-                if isinstance(message, AbortRequest):
-                    engine.abort_request(message.request_id)
-                else:
+                if isinstance(message, AddRequest):
                     engine.add_request(message.request_id, message.prompt_token_ids, message.params)
+                elif isinstance(message, AbortRequest):
+                    engine.abort_request(message.request_id)
+                elif isinstance(message, StartTrace):
+                    end = partial(self._inbox.put, StopTrace(message.trace_id))
+                    engine.recordings.start(message, engine.scheduler.requests, when_full=end)
+                else:
+                    traces.stop(message)
             if self._last_step_at is None:
                 self._last_step_at = time.monotonic()
             outputs = engine.step()
@@ -218,8 +272,8 @@ class AsyncEngine:
             if now - stats_at > _STATS_INTERVAL_S:
                 self._stats, stats_at = engine.stats(), now
 
-    def _drain(self, *, block: bool = False) -> list[AddRequest | AbortRequest | None]:
-        messages: list[AddRequest | AbortRequest | None] = []
+    def _drain(self, *, block: bool = False) -> list[_Message | None]:
+        messages: list[_Message | None] = []
         try:
             while True:
                 messages.append(self._inbox.get(block=block and not messages))

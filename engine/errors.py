@@ -28,5 +28,9 @@ class EngineOverloaded(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class RecordingInProgress(RuntimeError):
+    """The routing is being recorded for somebody already."""
+
+
 class EngineDead(RuntimeError):
     """The engine is not running (not started, stopped, or it failed); no request can be served."""

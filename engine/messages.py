@@ -11,6 +11,8 @@ from engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+MAX_TRACE_TOKENS = 500_000  # of one recording
+
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
     """Server to engine: serve these prompt tokens."""
@@ -24,6 +26,32 @@ class AbortRequest(msgspec.Struct, frozen=True, tag=True):
     """Server to engine: nobody waits for this request any more."""
 
     request_id: str
+
+
+class StartTrace(msgspec.Struct, frozen=True, tag=True):
+    """Server to engine: record from now on which experts tokens are routed to, up to `max_tokens` of them."""
+
+    trace_id: str
+    max_tokens: int
+    domain: str  # what the workload is called in the trace
+
+
+class StopTrace(msgspec.Struct, frozen=True, tag=True):
+    """Server to engine: that recording ends; with `discard` nobody wants it any more. Of an ended one no error."""
+
+    trace_id: str
+    discard: bool = False
+
+
+class TraceRecorded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Engine to server: a recording has ended, and is the bytes of a file that `cache.trace` reads."""
+
+    trace_id: str
+    npz: bytes = b""
+    num_tokens: int = 0
+    num_requests: int = 0
+    is_full: bool = False  # it ended at `max_tokens`
+    error: str | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -88,6 +116,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits_total: int = 0
     preemptions_total: int = 0
+    passes_over_total: int = 0  # of a request by one that fits the cached experts better
     steps_total: int = 0
     step_seconds_total: float = 0.0
     last_step_age_s: float = 0.0

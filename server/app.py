@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
+from engine.errors import EngineDead, EngineOverloaded, InvalidRequest, RecordingInProgress
 from server.auth import OPEN_PATHS, KeyCheck
 from server.context import VERSION, AppContext, Lifecycle
 from server.engine_face import Engine
@@ -21,6 +21,7 @@ from server.openapi import describe_bodies
 from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
 from server.routes import ROUTERS
+from server.routes.admin import TraceBody
 from server.routes.tokenize import DetokenizeRequest, TokenizeRequest
 from server.settings import AppSettings
 
@@ -39,7 +40,7 @@ def create_app(
     for make_router in ROUTERS.values():
         app.include_router(make_router(ctx))
     _answer_errors(app, metrics)
-    describe_bodies(app, [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest])
+    describe_bodies(app, [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, TraceBody])
     if settings.api_key_hashes:
         open_paths = OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS
         app.add_middleware(KeyCheck, key_hashes=settings.api_key_hashes, open_paths=open_paths)
@@ -55,5 +56,6 @@ def _answer_errors(app: FastAPI, metrics: ServerMetrics) -> None:
             record_of(request).finish_reason = "error"
         return as_api_error(exc).response()
 
-    for kind in (ApiError, InvalidRequest, EngineOverloaded, EngineDead, GenerationFailed, HTTPException):
+    engines = (InvalidRequest, EngineOverloaded, EngineDead, RecordingInProgress)
+    for kind in (ApiError, GenerationFailed, HTTPException, *engines):
         app.add_exception_handler(kind, answer)

@@ -1,17 +1,27 @@
-"""API keys: kept as SHA-256 hashes, compared in constant time, checked before anything else is read."""
+"""API keys: kept as SHA-256 hashes, compared in constant time, checked before anything else is read.
+
+The routes under /admin need a key too; where none is set, they are for this machine's own users only.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Collection
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import ApiError
+from server.settings import AppSettings
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/live"})
+
+
+_FORWARDING = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 
 def hash_key(key: str) -> bytes:
@@ -39,6 +49,33 @@ class KeyCheck:
         given = hash_key(key.strip())
         # every hash is compared, so that the time does not tell which one was near
         return sum(hmac.compare_digest(given, known) for known in self._key_hashes) > 0
+
+
+def check_admin(request: Request, settings: AppSettings) -> None:
+    """Raises 403 unless API keys are set, which `KeyCheck` sees to, or the request is from this machine to itself.
+
+    Not from a proxy that says so, nor for a name that a page in a browser made point here.
+    """
+    if settings.api_key_hashes:
+        return
+    if any(name in request.headers for name in _FORWARDING) or not _is_loopback(request):
+        raise ApiError(
+            403,
+            "without an API key, admin routes are for requests from the loopback address; start the server with one",
+            code="admin_needs_api_key",
+        )
+
+
+def _is_loopback(request: Request) -> bool:
+    """The client's address, and what it calls this server."""
+    try:
+        name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        client = "" if request.client is None else request.client.host
+        return ipaddress.ip_address(client).is_loopback and (
+            name == "localhost" or ipaddress.ip_address(name).is_loopback
+        )
+    except ValueError:
+        return False
 
 
 def _refusal() -> ApiError:

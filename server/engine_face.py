@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from engine.messages import EngineStats, ModelInfo, RequestOutput
+from engine.messages import EngineStats, ModelInfo, RequestOutput, TraceRecorded
 from engine.sampling_params import SamplingParams
 
 
@@ -24,6 +24,10 @@ class Engine(Protocol):
     def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
     ) -> AsyncIterator[RequestOutput]: ...
+
+    async def record_trace(self, *, seconds: float, max_tokens: int, domain: str) -> TraceRecorded: ...
+
+    def end_trace(self) -> bool: ...
 
     def stats(self) -> EngineStats: ...
 

@@ -10,7 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
+from engine.errors import EngineDead, EngineOverloaded, InvalidRequest, RecordingInProgress
 
 MAX_MESSAGE_CHARS = 2000
 _PATH = re.compile(r"(?<![\w:/])(?:/[\w.+@-]+){2,}/?")
@@ -86,6 +86,8 @@ def as_api_error(exc: BaseException) -> ApiError:
         return BadRequest(str(exc), param=exc.param, code=exc.code)
     if isinstance(exc, EngineOverloaded):
         return Unavailable(str(exc), code="overloaded", retry_after_s=exc.retry_after_s)
+    if isinstance(exc, RecordingInProgress):
+        return ApiError(409, str(exc), code="recording_in_progress")
     if isinstance(exc, EngineDead):
         return Unavailable(without_paths(str(exc)) or "the engine is not running", code="engine_unavailable")
     if isinstance(exc, GenerationFailed):

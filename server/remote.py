@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 import msgspec
@@ -15,9 +15,14 @@ class RemoteError(ConfigError):
     """The server at the other end is not there, refuses, or breaks off; the message says which, in its own words."""
 
 
+def server_url(url: str) -> str:
+    """'http://host:8000', with or without /v1 -> 'http://host:8000'."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def api_url(url: str) -> str:
     """'http://host:8000', with or without /v1 -> 'http://host:8000/v1'."""
-    return url.rstrip("/").removesuffix("/v1") + "/v1"
+    return server_url(url) + "/v1"
 
 
 def authorization(keys: Sequence[str]) -> dict[str, str]:
@@ -58,6 +63,29 @@ async def post_events(
         raise RemoteError(f"the stream broke off: {_text(exc)}") if started else _no_answer(url, exc) from exc
     if not done:
         raise RemoteError("the stream ended without [DONE]")
+
+
+async def download(client: httpx.AsyncClient, url: str, body: dict[str, Any], file: BinaryIO) -> httpx.Headers:
+    """POST, write the answer to `file`, return its headers; raises `RemoteError`, also for half an answer."""
+    started = False
+    try:
+        async with client.stream("POST", url, json=body) as response:
+            started = True
+            if response.status_code != 200:
+                raise RemoteError(_refusal(await response.aread(), response.status_code))
+            async for part in response.aiter_bytes():
+                file.write(part)
+            return response.headers
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        raise RemoteError(f"the answer broke off: {_text(exc)}") if started else _no_answer(url, exc) from exc
+
+
+async def end_remote(client: httpx.AsyncClient, url: str) -> None:
+    """DELETE what a POST to the same place has going on; that it is over already is no error."""
+    try:
+        await client.delete(url)
+    except httpx.HTTPError as exc:
+        raise _no_answer(url, exc) from exc
 
 
 async def _data_lines(response: httpx.Response) -> AsyncIterator[bytes]:

@@ -15,6 +15,8 @@ import httpx
 import openai
 import pytest
 
+from cache.trace import load
+
 FOREGATE = [str(Path(sys.executable).parent / "foregate")]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -145,3 +147,17 @@ def test_a_start_that_cannot_work_says_why_and_the_cure_in_one_line(options: lis
     assert done.returncode in (1, 2)
     assert why in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_routing_of_a_running_server_is_recorded(server: Server, client: openai.OpenAI, tmp_path: Path):
+    out = tmp_path / "trace.npz"
+    options = ("--url", server.url, "--out", str(out), "--max-tokens", "60", "--domain", "capitals")
+    command = [*FOREGATE, "trace", "record", *options]
+    recording = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while recording.poll() is None:
+        ask(client)
+    told, _ = recording.communicate()
+    trace = load(out)
+    assert (recording.returncode, trace.num_tokens) == (0, 60)
+    assert told == f"{out}: 60 tokens of {trace.num_requests} requests, where it was full\n"
+    assert set(trace.domains) == {"capitals"}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fastapi import APIRouter
 
 from server.context import AppContext
+from server.routes.admin import admin_router
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.health import health_router
@@ -21,4 +22,5 @@ ROUTERS: dict[str, Callable[[AppContext], APIRouter]] = {
     "tokenize": tokenize_router,
     "health": health_router,
     "metrics": metrics_router,
+    "admin": admin_router,
 }

@@ -12,7 +12,16 @@ from engine.async_engine import AsyncEngine
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, EngineDead, EngineOverloaded, InvalidRequest
-from engine.messages import AbortRequest, AddRequest, EngineStats, ModelInfo, RequestOutput
+from engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineStats,
+    ModelInfo,
+    RequestOutput,
+    StartTrace,
+    StopTrace,
+    TraceRecorded,
+)
 from engine.sampling_params import SamplingParams
 from tests.engine.conftest import greedy, tokens_of
 from tests.engine.test_models import random_prompt
@@ -217,6 +226,9 @@ def test_messages_survive_the_wire():
     messages = [
         AddRequest("r", [1, 2, 3], params),
         AbortRequest("r"),
+        StartTrace("t", 5, "chat"),
+        StopTrace("t", discard=True),
+        TraceRecorded(trace_id="t", npz=bytes(range(256)), num_tokens=1, num_requests=1, is_full=True),
         ModelInfo(
             name="m",
             model_type="olmoe",

@@ -29,10 +29,10 @@ def test_a_recorded_trace_has_every_token_of_every_request_once(checkpoint, make
     assert all(len(set(row)) == moe.num_active for row in trace.ids[:, 0].tolist())
 
 
-def test_recording_ends_when_the_trace_is_full(checkpoint, make_engine, tmp_path, caplog):
+def test_recording_ends_when_the_trace_is_full(checkpoint, make_engine, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("engine.recordings.MAX_TRACE_TOKENS", 12)
     directory, _ = checkpoint("olmoe")
     engine = make_engine(directory, record_trace=tmp_path / "trace.npz")
-    engine._recorder._left = 12
     run_all(engine, {"a": (random_prompt(10, seed=0), greedy(20))})
     engine.close()
     assert load(tmp_path / "trace.npz").num_tokens == 12

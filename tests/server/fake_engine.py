@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.admission import check_request
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, RecordingInProgress
 from engine.messages import (
     EngineState,
     EngineStats,
@@ -17,6 +18,7 @@ from engine.messages import (
     PositionLogprobs,
     RequestOutput,
     TokenLogprob,
+    TraceRecorded,
 )
 from engine.sampling_params import SamplingParams
 
@@ -71,6 +73,9 @@ class FakeEngine:
         self.start_error: Exception | None = None
         self.start_s = 0.0
         self.stopped_with: float | None = None
+        self.recorded = TraceRecorded(trace_id="t", npz=b"PK", num_tokens=7, num_requests=2)
+        self.recordings: list[tuple[float, int, str]] = []  # asked for: seconds, tokens, domain
+        self.trace_ends: asyncio.Event | None = None  # of what is being recorded
 
     @property
     def info(self) -> ModelInfo:
@@ -140,6 +145,24 @@ class FakeEngine:
         finally:
             self.num_open -= 1
             self.num_aborted += not finished
+
+    async def record_trace(self, *, seconds: float, max_tokens: int, domain: str) -> TraceRecorded:
+        if self.trace_ends is not None:
+            raise RecordingInProgress("the routing is being recorded already")
+        self.recordings.append((seconds, max_tokens, domain))
+        self.trace_ends = asyncio.Event()
+        try:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.trace_ends.wait(), seconds)
+        finally:
+            self.trace_ends = None
+        return self.recorded
+
+    def end_trace(self) -> bool:
+        if self.trace_ends is None:
+            return False
+        self.trace_ends.set()
+        return True
 
     def stats(self) -> EngineStats:
         values = {name: getattr(self.stats_to_tell, name) for name in self.stats_to_tell.__struct_fields__}

@@ -1,0 +1,61 @@
+"""POST /admin/trace: record which experts tokens are routed to, for a while. DELETE /admin/trace ends it early."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from engine.messages import MAX_TRACE_TOKENS
+from server.auth import check_admin
+from server.body import read_body
+from server.context import AppContext
+from server.errors import ApiError
+from server.generation import unless_gone
+from server.openapi import json_body
+from server.protocol.fields import Body
+
+_MAX_SECONDS = 3600.0
+
+
+class TraceBody(Body):
+    """For how long, for how many tokens at most, and what the workload is called in the trace."""
+
+    seconds: Annotated[float, Field(gt=0, le=_MAX_SECONDS)] = 60.0
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TRACE_TOKENS)] = MAX_TRACE_TOKENS
+    domain: Annotated[str, Field(max_length=100)] = ""
+
+
+def admin_router(ctx: AppContext) -> APIRouter:
+    router = APIRouter(prefix="/admin")
+
+    @router.post("/trace", openapi_extra=json_body(TraceBody), response_model=None)
+    async def record_trace(request: Request) -> Response:
+        """The .npz when the recording has ended: after `seconds`, with `max_tokens`, by DELETE, or with the server.
+
+        A client that leaves before ends it too, and then nothing is kept.
+        """
+        check_admin(request, ctx.settings)
+        ctx.require_engine()
+        body = await read_body(request, TraceBody, ctx)
+        recording = ctx.engine.record_trace(seconds=body.seconds, max_tokens=body.max_tokens, domain=body.domain)
+        recorded = await unless_gone(request.receive, recording)
+        headers = {
+            "Content-Disposition": 'attachment; filename="trace.npz"',
+            "Cache-Control": "no-store",
+            "X-Foregate-Tokens": str(recorded.num_tokens),
+            "X-Foregate-Requests": str(recorded.num_requests),
+            "X-Foregate-Full": str(recorded.is_full).lower(),  # it ended at max_tokens
+        }
+        return Response(recorded.npz, media_type="application/octet-stream", headers=headers)
+
+    @router.delete("/trace")
+    async def end_trace(request: Request) -> dict[str, Any]:
+        """What is being recorded ends, and is the answer of the POST that asked for it."""
+        check_admin(request, ctx.settings)
+        if not ctx.engine.end_trace():
+            raise ApiError(404, "nothing is being recorded", code="not_recording")
+        return {"ended": True}
+
+    return router
