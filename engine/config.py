@@ -52,12 +52,34 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of one step and of the queue."""
+    """Limits of one step and of the queue, and how the requests of a step are chosen."""
 
-    policy: str = "fcfs"
-    max_num_seqs: int = 32
+    policy: str = "expert-aware"  # a name in engine.schedulers.SCHEDULERS
+    max_num_seqs: int = 32  # requests that run
+    max_step_seqs: int | None = None  # of these in one step; None: all
     max_num_batched_tokens: int = 512
+    max_streamed_tokens: int = 2048  # instead, where the experts of a prompt have to be streamed anyway
     max_num_waiting: int | None = None  # None: 4 x max_num_seqs
+    target_itl_s: float | None = None  # between two tokens of an answer
+    target_ttft_s: float | None = None  # to the first
+    quantum: int = 4  # steps for which a group that was chosen by experts stays
+    max_passed_over: int = 16  # turns in which a request may be left out of the group
+
+    @property
+    def step_seqs(self) -> int:
+        return self.max_num_seqs if self.max_step_seqs is None else min(self.max_step_seqs, self.max_num_seqs)
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a bound that cannot be kept."""
+        for name, target in (("target_itl", self.target_itl_s), ("target_ttft", self.target_ttft_s)):
+            if target is not None and not target > 0:
+                raise ConfigError(f"{name} must be a time above 0, got {target}")
+        kept = max(1, self.step_seqs - 1)  # one place may be taken by who begins
+        if self.step_seqs < self.max_num_seqs and (self.max_passed_over + 1) * kept < self.max_num_seqs:
+            raise ConfigError(
+                f"steps of {self.step_seqs} requests cannot serve {self.max_num_seqs} within {self.max_passed_over} "
+                f"turns: raise max_step_seqs or max_passed_over, or lower max_num_seqs"
+            )
 
     @property
     def waiting_limit(self) -> int:
@@ -92,6 +114,9 @@ class EngineConfig:
             ("max_num_batched_tokens", self.scheduler.max_num_batched_tokens),
             ("kv_memory", self.kv_memory_nbytes),
             ("expert_memory", self.cache.memory_nbytes),
+            ("max_step_seqs", self.scheduler.max_step_seqs),
+            ("max_streamed_tokens", self.scheduler.max_streamed_tokens),
+            ("quantum", self.scheduler.quantum),
             ("num_io_threads", self.cache.num_io_threads),
             ("num_threads", self.num_threads),
         ):
@@ -102,6 +127,8 @@ class EngineConfig:
                 f"max_num_batched_tokens {self.scheduler.max_num_batched_tokens} must be at least max_num_seqs "
                 f"{self.scheduler.max_num_seqs}, so that every running request gets a token in each step"
             )
+
+        self.scheduler.check()
 
     def resolved(self, has_experts: bool) -> EngineConfig:
         """With `auto` settled: on a CPU float32 arithmetic and bf16 experts, which are the checkpoint's own bits."""

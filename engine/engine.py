@@ -15,29 +15,31 @@ from cache.stats import CacheStats
 from engine.admission import check_request
 from engine.block_manager import BlockManager
 from engine.checkpoint import Checkpoint
-from engine.config import EngineConfig, format_nbytes
+from engine.config import EngineConfig
 from engine.convert import Progress
 from engine.detokenizer import Detokenizer
 from engine.errors import ConfigError, InvalidRequest
+from engine.footprint import dense_nbytes, room_for_experts
 from engine.foresight import make_foresight
-from engine.kv_cache import BLOCK_SIZE, KVCache, kv_block_nbytes
+from engine.kv_cache import BLOCK_SIZE, KVCache
+from engine.kv_plan import plan_kv
 from engine.layers.foresight import Observers, RoutingObserver
 from engine.layers.moe import ExpertArena, ExpertFailure
-from engine.loader import free_memory_nbytes, kv_dtype, load_decoder, open_experts
+from engine.live_experts import LiveExperts
+from engine.loader import expert_keys, free_memory_nbytes, kv_dtype, load_decoder, open_experts
 from engine.messages import EngineStats, FinishReason, ModelInfo, PositionLogprobs, RequestOutput, TokenLogprob
 from engine.model_runner import ModelRunner
 from engine.models.spec import ModelSpec, MoeSpec
+from engine.recordings import Recordings
 from engine.request import Request
 from engine.sampler import SampledToken, Sampler
 from engine.sampling_params import SamplingParams
-from engine.scheduler import SCHEDULERS, SchedulerOutput
+from engine.scheduler import SchedulerOutput
+from engine.schedulers import SCHEDULERS
 from engine.tokenizer import TokenDecoder, Tokenizer
-from engine.trace_recorder import TraceRecorder
 from kernels.backend import Backend, choose_backend
 
 _log = logging.getLogger(__name__)
-
-_RESERVED_MEMORY_SHARE = 0.1  # of what is free, left alone when the expert budget is chosen for the user
 
 
 class Engine:
@@ -61,6 +63,8 @@ class Engine:
         checkpoint = checkpoint or Checkpoint(config.model)
         spec = checkpoint.spec.with_router(config.router)
         config = config.resolved(spec.moe is not None)
+        if config.scheduler.policy not in SCHEDULERS:
+            raise ConfigError(f"unknown scheduler {config.scheduler.policy!r}; known: {', '.join(SCHEDULERS)}")
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
         try:
@@ -70,15 +74,17 @@ class Engine:
         self.config = config
         self._spec = spec
         dtype = kv_dtype(config.dtype)
-        num_blocks, max_model_len = _plan_kv(config, spec, dtype)
+        num_blocks, max_model_len = plan_kv(config, spec, dtype)
         self.tokenizer = tokenizer or Tokenizer(config.model)
-        available = int((free_memory_nbytes() - config.kv_memory_nbytes) * (1 - _RESERVED_MEMORY_SHARE))
+        dense = dense_nbytes(checkpoint, config.dtype)
+        available = room_for_experts(free_memory_nbytes(), config.kv_memory_nbytes, dense)
         self._experts: ExpertArena | None = None
         if spec.moe is not None:
             self._experts = open_experts(checkpoint, config.cache, available, progress)
         foresight = make_foresight(config, spec, self._experts, checkpoint, backend)
-        self._recorder = _recorder(config, spec)
-        self._observers = Observers([one for one in (foresight, self._recorder, observer) if one is not None])
+        self._live = _live_experts(spec, self._experts)
+        self._observers = Observers([one for one in (foresight, self._live, observer) if one is not None])
+        self.recordings = Recordings(config.record_trace, spec.moe, self._observers)
         model = load_decoder(
             checkpoint,
             spec,
@@ -91,7 +97,9 @@ class Engine:
         )
         self._runner = ModelRunner(model, KVCache(spec, num_blocks, dtype))
         self._blocks = BlockManager(num_blocks, BLOCK_SIZE)
-        self.scheduler = SCHEDULERS[config.scheduler.policy](config.scheduler, self._blocks)
+        self.scheduler = SCHEDULERS[config.scheduler.policy](
+            config.scheduler, self._blocks, self._live, time.perf_counter
+        )
         self._eos_token_ids = frozenset(checkpoint.eos_token_ids() or _as_ids(self.tokenizer.eos_token_id))
         self._sampler = Sampler(sorted(self._eos_token_ids))
         self._requests: dict[str, Request] = {}
@@ -162,8 +170,9 @@ class Engine:
             ),
         )
         self._num_requests += 1
-        if self._recorder is not None:
-            self._recorder.request_begins(request.number, request.num_prompt_tokens)
+        self.recordings.request_begins(request.number, request.num_prompt_tokens)
+        if self._live is not None:
+            self._live.request_begins(request.number, prompt_token_ids)
         self._requests[request_id] = request
         self._counts["prompt_tokens_total"] += request.num_prompt_tokens
         self.scheduler.add(request)
@@ -196,7 +205,9 @@ class Engine:
         sampled = self._sampler.sample(logits, sampled_requests)
         results = [self._append(request, token) for request, token in zip(sampled_requests, sampled, strict=True)]
         self._counts["steps_total"] += 1
-        self._step_s += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._step_s += seconds
+        self.scheduler.took(output, seconds)
         return results
 
     def score(self, token_ids: list[int]) -> Tensor:
@@ -238,6 +249,7 @@ class Engine:
             prefix_queries_total=self.scheduler.num_prefix_queries,
             prefix_hits_total=self.scheduler.num_prefix_hits,
             preemptions_total=self.scheduler.num_preemptions,
+            passes_over_total=self.scheduler.num_passed_over,
             steps_total=self._counts["steps_total"],
             step_seconds_total=self._step_s,
             expert_cache=self._experts.cache.stats() if self._experts is not None else CacheStats(),
@@ -253,8 +265,7 @@ class Engine:
 
     def close(self) -> None:
         """Write the recorded trace, if any, and end the I/O threads."""
-        if self._recorder is not None:
-            self._recorder.close()
+        self.recordings.close()
         if self._experts is not None:
             self._experts.cache.close()
 
@@ -330,15 +341,10 @@ class Engine:
         return self._output(request, "", [], "error", error=error)
 
 
-def _recorder(config: EngineConfig, spec: ModelSpec) -> TraceRecorder | None:
-    if config.record_trace is None:
+def _live_experts(spec: ModelSpec, experts: ExpertArena | None) -> LiveExperts | None:
+    if experts is None or (moe := spec.moe) is None:
         return None
-    if spec.moe is None:
-        raise ConfigError("this model has no experts whose routing could be recorded")
-    try:
-        return TraceRecorder(config.record_trace, spec.moe)
-    except OSError as error:
-        raise ConfigError(f"cannot write routing trace {config.record_trace}: {error.strerror}") from error
+    return LiveExperts(experts.cache, [expert_keys(moe, layer) for layer in moe.layers], moe.num_active)
 
 
 class _SeedSequence:
@@ -353,24 +359,3 @@ class _SeedSequence:
 
 def _as_ids(token_id: int | None) -> tuple[int, ...]:
     return () if token_id is None else (token_id,)
-
-
-def _plan_kv(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> tuple[int, int]:
-    """-> number of KV blocks, max_model_len that they and the model allow."""
-    num_blocks = config.kv_memory_nbytes // kv_block_nbytes(spec, dtype)
-    capacity = num_blocks * BLOCK_SIZE
-    wanted = config.max_model_len
-    if wanted is not None and wanted > spec.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len {wanted} is above the {spec.max_position_embeddings} positions that the model was made for"
-        )
-    limit = spec.max_position_embeddings if wanted is None else wanted
-    if capacity < (limit if wanted is not None else BLOCK_SIZE):
-        needed = -(-limit // BLOCK_SIZE) * kv_block_nbytes(spec, dtype)
-        raise ConfigError(
-            f"KV memory of {format_nbytes(config.kv_memory_nbytes)} holds {capacity} tokens, fewer than max_model_len "
-            f"{limit}; raise --kv-memory to {format_nbytes(needed)} or lower --max-model-len"
-        )
-    if capacity < limit:
-        _log.warning("KV memory holds %d tokens: max_model_len is %d instead of %d", capacity, capacity, limit)
-    return num_blocks, min(limit, capacity)

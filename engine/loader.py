@@ -27,8 +27,8 @@ from kernels.backend import AttentionKernel, AttentionShape, Backend, Linear, Ml
 
 _log = logging.getLogger(__name__)
 
-_FORMATS = {"float32": "float32", "bfloat16": "bf16", "int8": "int8", "int4": "int8"}
-_ATTENTION_FORMATS = _FORMATS | {"int4": "int4"}  # LM heads and MLPs of all tokens lose too much in four bits
+DENSE_FORMATS = {"float32": "float32", "bfloat16": "bf16", "int8": "int8", "int4": "int8"}
+ATTENTION_FORMATS = DENSE_FORMATS | {"int4": "int4"}  # LM heads and MLPs of all tokens lose too much in four bits
 
 
 def kv_dtype(dtype: str) -> torch.dtype:
@@ -61,7 +61,7 @@ def load_decoder(
     tied = spec.tie_word_embeddings or "lm_head.weight" not in checkpoint
     head = embedding if tied else loader.tensor("lm_head.weight", spec.vocab_size, spec.hidden_size)
     norm = loader.tensor("model.norm.weight", spec.hidden_size)
-    lm_head = backend.make_linear(head, None, _FORMATS[dtype])
+    lm_head = backend.make_linear(head, None, DENSE_FORMATS[dtype])
     pregate = None if spec.pregate is None else loader.pregate(spec.pregate)
     checkpoint.close()
     embedding = embedding if dtype == "float32" else embedding.to(torch.bfloat16)
@@ -93,7 +93,7 @@ class _DenseLoader:
         moe = spec.moe
         input_norm = self.tensor(f"{prefix}.input_layernorm.weight", spec.hidden_size)
         shape, bias = self._attention_shape(f"{prefix}.self_attn"), spec.attention_bias
-        attention = self._attention(f"{prefix}.self_attn", input_norm, shape, _ATTENTION_FORMATS, bias=bias)
+        attention = self._attention(f"{prefix}.self_attn", input_norm, shape, ATTENTION_FORMATS, bias=bias)
         norm = self.tensor(f"{prefix}.post_attention_layernorm.weight", spec.hidden_size)
         feed_forward: FeedForward
         if moe is not None and layer in moe.layers:
@@ -170,7 +170,7 @@ class _DenseLoader:
 
     def _model_mlp(self, prefix: str, size_field: str, norm: Tensor | None) -> MlpKernel:
         size = int(self._checkpoint.config[size_field])
-        return self._mlp(prefix, size, norm, self._spec.hidden_size, _FORMATS)
+        return self._mlp(prefix, size, norm, self._spec.hidden_size, DENSE_FORMATS)
 
     def _moe(self, layer: int, moe: MoeSpec, norm: Tensor, experts: ExpertArena) -> MoELayer:
         shared = None

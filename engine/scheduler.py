@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.block_manager import BlockManager
@@ -35,6 +35,7 @@ class FcfsScheduler:
         self.running: list[Request] = []  # oldest first
         self.waiting: deque[Request] = deque()
         self.num_preemptions = 0
+        self.num_passed_over = 0  # times that one request was left out in favour of another
         self.num_prefix_queries = 0  # prompt tokens looked up
         self.num_prefix_hits = 0
 
@@ -61,31 +62,33 @@ class FcfsScheduler:
     def schedule(self) -> SchedulerOutput:
         """Choose the next step; empty only if there is no work."""
         output = SchedulerOutput()
-        budget = self._config.max_num_batched_tokens
+        group = list(self._group())
+        budget = self._budget(group)
         preempted = False
-        i = 0
-        while i < len(self.running) and budget > 0:
-            request = self.running[i]
-            num_behind = len(self.running) - i - 1  # each of them gets a token too, whatever this one's backlog
+        for i, request in enumerate(group):
+            num_behind = len(group) - i - 1  # each of them gets a token too, whatever this one's backlog
             num_tokens = min(request.num_new_tokens, budget - num_behind)
+            if not request.block_ids or num_tokens <= 0:  # preempted just now, or nothing is left for it
+                continue
             while not self._blocks.allocate(request, request.num_computed_tokens + num_tokens):
-                self._preempt(self.running[-1])
+                victim = self._newest(but=output)
+                self._preempt(victim)
                 preempted = True
-                if i == len(self.running):
+                if victim is request:
                     break
             else:
                 output.num_tokens[request] = num_tokens
                 budget -= num_tokens
-                i += 1
-        while self.waiting and not preempted and budget > 0 and len(self.running) < self._config.max_num_seqs:
-            request = self.waiting[0]
+        while self.waiting and not preempted and budget > 0 and self._may_admit(output):
+            request = self._next_waiting()
             num_reused = self._blocks.reuse_prefix(request)
             num_tokens = min(request.num_tokens - num_reused, budget)
             if not self._blocks.allocate(request, num_reused + num_tokens):
                 self._blocks.free(request)
                 break
-            self.waiting.popleft()
+            self.waiting.remove(request)
             self.running.append(request)
+            self._admitted(request)
             request.num_computed_tokens = num_reused
             if not request.was_scheduled:
                 request.was_scheduled = True
@@ -102,11 +105,37 @@ class FcfsScheduler:
             request.num_computed_tokens += num_tokens
             self._blocks.commit(request)
 
+    def took(self, output: SchedulerOutput, seconds: float) -> None:
+        """The step took so long, routing, loads and sampling in it."""
+
     def check_integrity(self) -> None:
         """Raise `AssertionError` if requests and blocks do not add up."""
         self._blocks.check_integrity(list(self.requests))
         if any(request.block_ids for request in self.waiting):
             raise AssertionError("a waiting request holds blocks")
+
+    def _group(self) -> Sequence[Request]:
+        """The running requests that are in the next step, oldest first."""
+        return self.running
+
+    def _budget(self, group: Sequence[Request]) -> int:
+        """Tokens of the next step, one at least for each of the group."""
+        return self._config.max_num_batched_tokens
+
+    def _may_admit(self, output: SchedulerOutput) -> bool:
+        """Whether one more request may begin in this step."""
+        return len(self.running) < min(self._config.max_num_seqs, self._config.step_seqs)
+
+    def _next_waiting(self) -> Request:
+        """Which of the waiting ones."""
+        return self.waiting[0]
+
+    def _admitted(self, request: Request) -> None:
+        """It runs from now on."""
+
+    def _newest(self, but: SchedulerOutput) -> Request:
+        """The newest running request that is not in this step yet."""
+        return next(request for request in reversed(self.running) if request not in but.num_tokens)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -114,8 +143,3 @@ class FcfsScheduler:
         request.num_computed_tokens = 0
         self.waiting.appendleft(request)
         self.num_preemptions += 1
-
-
-SCHEDULERS: dict[str, Callable[[SchedulerConfig, BlockManager], FcfsScheduler]] = {
-    "fcfs": FcfsScheduler,
-}

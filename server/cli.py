@@ -6,18 +6,18 @@ import asyncio
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import ConfigError, EngineDead, EngineOverloaded
 from engine.threads import wait_passively
-from server import cli_bench_experts, cli_trace
+from server import cli_analyze, cli_bench_experts, cli_plan, cli_schedule, cli_simulate, cli_trace
 from server.cli_options import (
     KV_MEMORY,
     CachePolicy,
@@ -32,13 +32,17 @@ from server.cli_options import (
     LinkBandwidth,
     LogLevel,
     MaxModelLen,
+    MaxStepSeqs,
     Model,
     PackedDir,
     Predictor,
     RandomShape,
     RecordTrace,
     Router,
+    Scheduler,
     Seed,
+    TargetItl,
+    TargetTtft,
     Threads,
     check_random,
     directory_of,
@@ -58,6 +62,10 @@ app = typer.Typer(
 )
 app.add_typer(cli_bench_experts.app, name="bench")
 app.add_typer(cli_trace.app, name="trace")
+cli_simulate.register(app, cli_bench_experts.app)
+app.command()(cli_analyze.analyze)
+app.command()(cli_plan.plan)
+cli_trace.app.command()(cli_schedule.schedule)
 
 
 def main() -> None:
@@ -90,8 +98,15 @@ def serve(
     dtype: Dtype = "auto",
     experts: Experts = "auto",
     max_model_len: MaxModelLen = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests in one step.")] = 32,
+    scheduler: Scheduler = "expert-aware",
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 32,
+    max_step_seqs: MaxStepSeqs = None,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one step.")] = 512,
+    max_streamed_tokens: Annotated[
+        int, typer.Option(min=1, help="Instead, where a prompt's experts have to be streamed.")
+    ] = 2048,
+    target_itl: TargetItl = None,
+    target_ttft: TargetTtft = None,
     kv_memory: KvMemory = KV_MEMORY,
     expert_memory: ExpertMemory = None,
     cache_policy: CachePolicy = "segment",
@@ -122,6 +137,7 @@ def serve(
     start_logging(log_level)
     check_random(model, random, layers)
     from engine.async_engine import AsyncEngine
+    from engine.plan import planned_engine
     from server.app import create_app
     from server.auth import hash_key
     from server.context import Lifecycle
@@ -155,7 +171,15 @@ def serve(
                 link_bandwidth=link_bandwidth,
                 packed_dir=packed_dir,
             ),
-            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+            scheduler=SchedulerConfig(
+                policy=scheduler,
+                max_num_seqs=max_num_seqs,
+                max_step_seqs=max_step_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_streamed_tokens=max_streamed_tokens,
+                target_itl_s=target_itl,
+                target_ttft_s=target_ttft,
+            ),
         )
         keys = environment.api_keys + (_read_keys(api_key_file) if api_key_file else [])
         settings = AppSettings(
@@ -167,7 +191,7 @@ def serve(
             max_parallel_prompts=max_num_seqs,
         )
         display = ProgressDisplay()
-        build = None
+        build: Callable[..., Any] = planned_engine
         if random is not None:
             from engine.synthetic import random_engine
 

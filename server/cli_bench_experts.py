@@ -8,19 +8,24 @@ from typing import Annotated
 import msgspec
 import typer
 
-from engine.config import CacheConfig, EngineConfig
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from server.cli_bench import RoutingSkew, app
 from server.cli_options import (
+    KV_MEMORY,
     CachePolicy,
     Dtype,
     ExclusiveTiers,
     Experts,
     HostMemory,
+    KvMemory,
     Layers,
+    LinkBandwidth,
     LogLevel,
     Model,
     PackedDir,
+    Predictor,
     RandomShape,
+    TargetItl,
     Threads,
     check_random,
     directory_of,
@@ -100,6 +105,78 @@ def offload(
                 f"{r.memory_share:6.0%} {link:>8} {r.predictor:22} {r.tokens_per_s:7.1f} {r.step_ms:8.1f} "
                 f"{r.resident_step_ms:8.1f} {r.link_step_ms:7.1f} {r.of_bound:5.2f}x {r.stall_ms_per_token:12.2f} "
                 f"{recovered:>9} {r.hit_rate:6.1%} {r.read_mb_per_token:7.1f} {'yes' if r.same_bits else 'NO':>5}"
+            )
+
+
+@app.command()
+def schedule(
+    model: Model = "demo",
+    random: RandomShape = None,
+    layers: Layers = None,
+    routing_skew: RoutingSkew = 0.0,
+    memory: Annotated[str, typer.Option(help="Shares of the experts that have room.")] = "50%,25%,12.5%",
+    schedulers: Annotated[
+        str, typer.Option(help="fcfs:16 runs 16 requests; expert-aware:64/16 runs 64, of them 16 in a step.")
+    ] = "fcfs:16,expert-aware:64/16,expert-aware:64",
+    requests: Annotated[int, typer.Option(min=1, help="All there from the start.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="In each prompt, with random weights.")] = 64,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Of an answer, on average.")] = 48,
+    temperature: Annotated[float, typer.Option(min=0.0, help="At 0 random weights repeat themselves.")] = 1.0,
+    target_itl: TargetItl = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    dtype: Dtype = "auto",
+    experts: Experts = "auto",
+    kv_memory: KvMemory = KV_MEMORY,
+    cache_policy: CachePolicy = "segment",
+    predictor: Predictor = "auto",
+    link_bandwidth: LinkBandwidth = None,
+    threads: Threads = None,
+    log_level: LogLevel = "error",
+) -> None:
+    """The same mixed requests by each scheduler, with some of the experts in memory: tokens/s, bytes, latencies."""
+    start_logging(log_level)
+    check_random(model, random, layers)
+    from engine.bench import Workload
+    from engine.bench_schedule import Contender, bench_schedule
+    from server.progress import ProgressDisplay
+
+    config = EngineConfig(
+        model=Path() if random else directory_of(model, Environment()),
+        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        kv_memory_nbytes=kv_memory,
+        num_threads=threads,
+        cache=CacheConfig(format=experts, policy=cache_policy, predictor=predictor, link_bandwidth=link_bandwidth),
+        scheduler=SchedulerConfig(target_itl_s=target_itl),
+    )
+    with ProgressDisplay() as display:
+        results = bench_schedule(
+            config,
+            Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, temperature=temperature),
+            [Contender.parse(text) for text in schedulers.split(",")],
+            num_requests=requests,
+            memory_shares=[_share(text) for text in memory.split(",")],
+            random_shape=random,
+            num_layers=layers,
+            routing_skew=routing_skew,
+            progress=display,
+        )
+        if not json:
+            typer.echo(
+                f"{'memory':>6} {'scheduler':20} {'tok/s':>7} {'MB/tok':>7} {'ITL ms':>7} {'p99':>7} {'TTFT s':>7} "
+                f"{'latency s':>9} {'p99':>6} {'same':>5}"
+            )
+        for r in results:
+            if json:
+                typer.echo(msgspec.json.encode(r).decode())
+                continue
+            name = f"{r.scheduler}:{r.max_num_seqs}" + (
+                f"/{r.max_step_seqs}" if r.max_step_seqs < r.max_num_seqs else ""
+            )
+            typer.echo(
+                f"{r.memory_share:6.1%} {name:20} {r.tokens_per_s:7.1f} {r.read_mb_per_token:7.2f} "
+                f"{r.itl_ms_mean:7.1f} {r.itl_ms_p99:7.1f} {r.ttft_s_mean:7.2f} "
+                f"{r.latency_s_mean:9.2f} {r.latency_s_p99:6.2f} "
+                f"{'yes' if r.same_tokens else 'NO':>5}"
             )
 
 

@@ -31,6 +31,18 @@ def rate(text: str) -> float:
     return float(rate)
 
 
+def _duration(text: str) -> float:
+    """'80ms' or '2s' -> seconds."""
+    number, unit = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = 0.0
+    if text == number or not 0 < seconds < float("inf"):
+        raise typer.BadParameter(f"cannot read time {text!r}; write it like 80ms or 2s")
+    return seconds
+
+
 def _ids(text: str) -> range:
     first, _, last = text.partition("-")
     if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and int(first) <= int(last)):
@@ -60,6 +72,15 @@ LinkBandwidth = Annotated[
         metavar="RATE",
         help="Make what brings experts as slow as a link of that rate: 8GiB/s. To measure.",
     ),
+]
+ExpertSize = Annotated[int | None, _size_option("Of one expert, such as 3.4MiB, to tell caches in bytes.")]
+Scheduler = Annotated[str, typer.Option(help="expert-aware, or fcfs: first come, first served.")]
+MaxStepSeqs = Annotated[int | None, typer.Option(min=1, help="Of the requests that run, in one step [default: all].")]
+TargetItl = Annotated[
+    float | None, typer.Option(parser=_duration, metavar="TIME", help="Between two tokens of an answer, such as 80ms.")
+]
+TargetTtft = Annotated[
+    float | None, typer.Option(parser=_duration, metavar="TIME", help="To the first token of an answer, such as 2s.")
 ]
 RecordTrace = Annotated[Path | None, typer.Option(help="Write which experts tokens were routed to, at the end.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads for arithmetic [default: one a core].")]

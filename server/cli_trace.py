@@ -1,7 +1,8 @@
-"""`foregate trace`: what recorded routing says of cache policies."""
+"""`foregate trace`: recording a running server's routing, and what recorded routing says of cache policies."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,12 +10,13 @@ import msgspec
 import typer
 
 from engine.errors import ConfigError
+from engine.messages import MAX_TRACE_TOKENS
 
 if TYPE_CHECKING:
     from cache.replay import ReplayResult
     from cache.trace import RoutingTrace
 
-app = typer.Typer(help="Replay recorded routing.", no_args_is_help=True)
+app = typer.Typer(help="Record routing, and replay it.", no_args_is_help=True)
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,9 +34,26 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     us_per_call: float  # of a layer call, in the policy and the replay's books
 
 
-@app.callback()
-def _group() -> None:
-    """Replay recorded routing."""
+@app.command()
+def record(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write it, as .npz.")],
+    url: Annotated[str, typer.Option(help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600.0, help="For how long; Ctrl-C ends it before.")] = 60.0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_TRACE_TOKENS, help="Then it ends too.")] = None,
+    domain: Annotated[str, typer.Option(metavar="NAME", help="What the workload is called in the trace.")] = "",
+) -> None:
+    """Record which experts a running server's tokens are routed to. FOREGATE_API_KEY is presented, if set."""
+    from server.progress import ProgressDisplay
+    from server.settings import Environment
+    from server.trace_client import record_trace
+
+    keys = Environment().api_keys
+    with ProgressDisplay() as display:
+        recorded = asyncio.run(
+            record_trace(url, keys, out, seconds=seconds, domain=domain, max_tokens=max_tokens, progress=display)
+        )
+    full = ", where it was full" if recorded.is_full else ""
+    typer.echo(f"{out}: {recorded.num_tokens} tokens of {recorded.num_requests} requests{full}")
 
 
 @app.command()
@@ -59,8 +78,8 @@ def replay(
     for name in policies:
         if name not in REPLAY_POLICIES:
             raise ConfigError(f"unknown cache policy {name!r}; known: {', '.join(sorted(REPLAY_POLICIES))}")
-    trace = _read(file, requests, half, every)
-    sizes = [(text.strip(), _num_slots(text, trace.num_keys)) for text in cache.split(",") if text.strip()]
+    trace = read_trace(file, requests, half, every)
+    sizes = [(text.strip(), num_slots_of(text, trace.num_keys)) for text in cache.split(",") if text.strip()]
     if not json:
         typer.echo(
             f"{file.name}: {trace.num_requests} requests, {trace.num_tokens} tokens, {len(trace.layers)} layers, "
@@ -76,7 +95,8 @@ def replay(
             typer.echo(msgspec.json.encode(row).decode() if json else _line(row))
 
 
-def _read(path: Path, requests: str | None, half: str | None, every: int) -> RoutingTrace:
+def read_trace(path: Path, requests: str | None = None, half: str | None = None, every: int = 1) -> RoutingTrace:
+    """A file, or a folder of them, with what was picked of each one's requests. Raises `ConfigError` if nothing is."""
     from cache.trace import concatenate, load_all
 
     if requests is not None and half is not None:
@@ -91,7 +111,7 @@ def _read(path: Path, requests: str | None, half: str | None, every: int) -> Rou
         traces += [trace.select(i, i + 1) for i in picked] or [trace.select(0, 0)]
     joined = concatenate(traces)
     if not joined.num_tokens:
-        raise ConfigError(f"nothing of {path.name} is left to replay")
+        raise ConfigError(f"nothing of {path.name} is left: it has no tokens, or the requests picked have none")
     return joined
 
 
@@ -106,7 +126,7 @@ def _range(text: str | None) -> slice:
         raise ConfigError(f"cannot read requests {text!r}; write them like 0:40") from None
 
 
-def _num_slots(text: str, num_keys: int) -> int:
+def num_slots_of(text: str, num_keys: int) -> int:
     """'12.5%' of the experts, or that many. Raises `ConfigError`."""
     try:
         share = text.strip().removesuffix("%")

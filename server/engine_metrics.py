@@ -83,6 +83,12 @@ def engine_families(stats: EngineStats, labels: Mapping[str, str]) -> Iterator[M
     yield counter("prompt_tokens", "Prompt tokens processed", (), {(): stats.prompt_tokens_total})
     yield counter("generation_tokens", "Tokens generated", (), {(): stats.output_tokens_total})
     yield counter("preemptions", "Requests set back for lack of KV memory", (), {(): stats.preemptions_total})
+    yield counter(
+        "scheduler_passes_over",
+        "Requests left out of a turn for others that fit the cached experts better",
+        (),
+        {(): stats.passes_over_total},
+    )
     yield counter("engine_steps", "Steps of the engine", (), {(): stats.steps_total})
     yield gauge(
         "engine_state",

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
 from engine.block_manager import BlockManager
 from engine.config import SchedulerConfig
 from engine.request import Request
-from engine.scheduler import SCHEDULERS, FcfsScheduler
+from engine.scheduler import FcfsScheduler
+from engine.schedulers import SCHEDULERS
 from tests.engine.test_block_manager import make_request
 
 BLOCK_SIZE = 4
@@ -15,7 +17,7 @@ BLOCK_SIZE = 4
 
 def make_scheduler(name: str = "fcfs", num_blocks: int = 64, **kwargs: int) -> FcfsScheduler:
     config = SchedulerConfig(policy=name, **{"max_num_seqs": 4, "max_num_batched_tokens": 16, **kwargs})
-    return SCHEDULERS[name](config, BlockManager(num_blocks, BLOCK_SIZE))
+    return SCHEDULERS[name](config, BlockManager(num_blocks, BLOCK_SIZE), None, time.perf_counter)
 
 
 def fresh_request(num_tokens: int, name: str = "r") -> Request:

@@ -42,6 +42,7 @@ GOLDEN: dict[str, tuple[str, tuple[str, ...]]] = {
     "foregate_prompt_tokens": ("counter", ()),
     "foregate_generation_tokens": ("counter", ()),
     "foregate_preemptions": ("counter", ()),
+    "foregate_scheduler_passes_over": ("counter", ()),
     "foregate_engine_steps": ("counter", ()),
     "foregate_engine_state": ("gauge", ("state",)),
     "foregate_engine_last_step_age_seconds": ("gauge", ()),
