@@ -82,7 +82,7 @@ class Engine:
         if spec.moe is not None:
             self._experts = open_experts(checkpoint, config.cache, available, progress)
         foresight = make_foresight(config, spec, self._experts, checkpoint, backend)
-        self._live = _live_experts(spec, self._experts)
+        self._live = None if config.scheduler.policy == "fcfs" else _live_experts(spec, self._experts)
         self._observers = Observers([one for one in (foresight, self._live, observer) if one is not None])
         self.recordings = Recordings(config.record_trace, spec.moe, self._observers)
         model = load_decoder(

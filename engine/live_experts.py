@@ -24,8 +24,11 @@ class LiveExperts:
         self._cache = cache
         self._keys = [key for of_layer in keys for key in of_layer]
         self._signatures = ExpertSignatures(len(keys), len(keys[0]), num_active)
+        self._num_active = num_active
         self._batch: Batch | None = None
-        self._chosen: list[NDArray[np.int32]] = []  # of each layer so far [T, k]
+        self._chosen: list[bytes] = []  # of each layer so far, int32 [T, k]: kept as they come, which costs least
+        self._ids: Tensor | None = None
+        self._view = memoryview(b"")  # of `_ids`
 
     @property
     def is_short(self) -> bool:
@@ -47,13 +50,19 @@ class LiveExperts:
         self._batch, self._chosen = batch, []
 
     def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
-        if self.is_short:
-            self._chosen.append(routing.ids.numpy().copy())
+        if not self.is_short:
+            return
+        if routing.ids is not self._ids:  # mostly the same memory, written again by each layer's router
+            self._ids = routing.ids
+            self._view = routing.ids.numpy().data
+        self._chosen.append(self._view.tobytes())
 
     def step_ends(self) -> None:
         if self._chosen and self._batch is not None:
             tokens = self._batch.token_ids.tolist()
-            self._signatures.observe(self._batch.requests, tokens, np.stack(self._chosen, axis=1))
+            shape = (len(self._chosen), len(tokens), self._num_active)
+            chosen = np.frombuffer(b"".join(self._chosen), dtype=np.int32).reshape(shape)
+            self._signatures.observe(self._batch.requests, tokens, chosen.swapaxes(0, 1))
 
     def request_ends(self, number: int) -> None:
         self._signatures.ended(number)

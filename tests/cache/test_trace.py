@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.trace import concatenate, load, load_all
+from cache.trace import concatenate, in_turns, load, load_all
 from tests.cache.synthetic_traces import REAL_TRACES, random_trace
 
 TRACE = random_trace(0, [4, 1, 7], num_prompt=1)
@@ -128,3 +128,12 @@ def test_json_and_published_layouts_are_read(tmp_path: Path):
 def test_real_traces_are_read(folder: str, experts: int, first_layer: int, num_requests: int):
     trace = concatenate(load_all(REAL_TRACES / folder))
     assert (trace.num_experts, trace.layers[0], trace.num_requests) == (experts, first_layer, num_requests)
+
+
+def test_the_domains_of_a_mixed_workload_take_turns():
+    parts = [random_trace(seed, [3 + seed] * num) for seed, num in ((0, 3), (1, 1), (2, 2))]
+    named = [replace(part, domains=(name,) * part.num_requests) for part, name in zip(parts, "abc", strict=True)]
+    mixed = in_turns(concatenate(named))
+    assert mixed.domains == ("a", "b", "c", "a", "c", "a")
+    assert np.diff(mixed.seq_off).tolist() == [3, 4, 5, 3, 5, 3]
+    np.testing.assert_array_equal(mixed.ids[3:7], parts[1].ids)
