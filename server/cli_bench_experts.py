@@ -124,6 +124,7 @@ def schedule(
     temperature: Annotated[float, typer.Option(min=0.0, help="At 0 random weights repeat themselves.")] = 1.0,
     target_itl: TargetItl = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also draw throughput over latency, into this file.")] = None,
     dtype: Dtype = "auto",
     experts: Experts = "auto",
     kv_memory: KvMemory = KV_MEMORY,
@@ -138,7 +139,11 @@ def schedule(
     check_random(model, random, layers)
     from engine.bench import Workload
     from engine.bench_schedule import Contender, bench_schedule
+    from server.page import fill
     from server.progress import ProgressDisplay
+
+    if html is not None:
+        html.touch()  # a place that cannot be written to is told before hours of measuring
 
     config = EngineConfig(
         model=Path() if random else directory_of(model, Environment()),
@@ -165,7 +170,9 @@ def schedule(
                 f"{'memory':>6} {'scheduler':20} {'tok/s':>7} {'MB/tok':>7} {'ITL ms':>7} {'p99':>7} {'TTFT s':>7} "
                 f"{'latency s':>9} {'p99':>6} {'same':>5}"
             )
+        done = []
         for r in results:
+            done.append(r)
             if json:
                 typer.echo(msgspec.json.encode(r).decode())
                 continue
@@ -178,6 +185,10 @@ def schedule(
                 f"{r.latency_s_mean:9.2f} {r.latency_s_p99:6.2f} "
                 f"{'yes' if r.same_tokens else 'NO':>5}"
             )
+    if html is not None:
+        title = f"Schedulers: {random or model}"
+        shape = f"{requests} requests, all there from the start, {output_tokens} tokens an answer on average"
+        html.write_text(fill("schedules.html", title, {"title": title, "shape": shape, "rows": done}), encoding="utf-8")
 
 
 def _share(text: str) -> float:

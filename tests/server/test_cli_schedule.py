@@ -107,6 +107,19 @@ def test_the_same_tokens_come_of_each_scheduler(options: tuple[str, ...], monkey
     assert all(row["itl_ms_p99"] >= row["itl_ms_mean"] > 0 for row in rows)
 
 
+def test_throughput_over_latency_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", TINY)
+    path = tmp_path / "page.html"
+    args = ("bench", "schedule", "--random", "tiny", "--layers", "2", "--experts", "int8", "--kv-memory", "4MiB")
+    small = ("--requests", "2", "--prompt-tokens", "4", "--output-tokens", "4", "--memory", "50%")
+    run(*args, *small, "--schedulers", "fcfs:1,fcfs:2", "--html", str(path))
+    page = path.read_text(encoding="utf-8")
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert [row["max_num_seqs"] for row in data["rows"]] == [1, 2]
+    assert "Schedulers: tiny" in page
+    assert "__" not in page.partition("<main>")[0].partition("<style>")[0]
+
+
 def test_a_scheduler_that_cannot_be_read_is_told():
     with pytest.raises(ConfigError, match="write it like fcfs:16"):
         run("bench", "schedule", "--random", "olmoe", "--schedulers", "best")
