@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.refactor import learn_pregate as learn_pregate_module
 from engine.refactor.dense import Rotary, embed
 from engine.refactor.distil import Text
 from engine.refactor.learn_pregate import PregateSettings, learn_pregate
@@ -53,7 +55,8 @@ def test_it_foretells_what_the_routers_choose(source: DenseSource):
         compiled=False,
         progress=lambda what, done, total, loss: seen.setdefault(what, []).append(loss),
     )
-    assert list(seen) == ["record routing", "imitate routers", "distil pre-gate"]
+    stages = ["record routing", "imitate routers", "distil pre-gate", "judge imitation", "judge distillation"]
+    assert list(seen) == stages
     assert len(seen["distil pre-gate"]) == 10
     assert seen["imitate routers"][-1] < 0.9 * seen["imitate routers"][0]
     tokens = sequences(source, 20, seed=2).tokens
@@ -76,3 +79,30 @@ def test_its_plan_is_kept_with_the_experts(source: DenseSource, tmp_path: Path):
     assert sum(tensor.numel() for tensor in pregate.parameters.values()) == sum(
         p.numel() for p in PregateModel(source.config, settings.spec, SPLIT.num_experts, (1, 2)).parameters()
     )
+
+
+@pytest.mark.parametrize("is_worse", [False, True])
+def test_what_distillation_makes_worse_is_undone(
+    source: DenseSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_worse: bool
+):
+    settings = replace(SETTINGS, num_recorded_tokens=500, num_epochs=1, num_distil_tokens=500)
+    judged = iter([1.0, 1.1 if is_worse else 0.9])
+    monkeypatch.setattr(learn_pregate_module._Learning, "_divergence", lambda self, batches: next(judged))
+    state = tmp_path / "pregate.state"
+    texts = [Text(sequences(source, 30))]
+    learned = learn_pregate(source, random_plan(source, SPLIT), texts, settings, state=state, compiled=False)
+    imitated = torch.load(state, weights_only=True)
+    same = [tensor.equal(imitated[name].to(tensor.dtype)) for name, tensor in learned.parameters.items()]
+    assert all(same) == is_worse
+
+
+def test_what_was_learned_by_imitation_is_gone_on_from(source: DenseSource, tmp_path: Path):
+    settings = replace(SETTINGS, num_recorded_tokens=500, num_epochs=1, num_distil_tokens=0)
+    plan, texts, state = random_plan(source, SPLIT), [Text(sequences(source, 30))], tmp_path / "pregate.state"
+    first = learn_pregate(source, plan, texts, settings, state=state, compiled=False)
+    seen: list[str] = []
+    again = learn_pregate(
+        source, plan, texts, settings, state=state, compiled=False, progress=lambda what, *_: seen.append(what)
+    )
+    assert seen == []
+    assert all(tensor.equal(again.parameters[name]) for name, tensor in first.parameters.items())
