@@ -184,7 +184,7 @@ class _Simulation:
         self._foretelling: ForetellingPrefetch | None = None
         prefetcher = Prefetcher(self._cache, len(trace.layers), clock=self._transfer.clock)
         if settings.predictor == "oracle":
-            self._certain = CertainPrefetch(prefetcher, self._keys)
+            self._certain = CertainPrefetch(prefetcher, self._keys, always=True)
         elif settings.predictor == "auto" and not self._cache.holds_all:
             self._foretelling = ForetellingPrefetch(
                 prefetcher, self._keys, recall=settings.recall, precision=settings.precision, seed=seed

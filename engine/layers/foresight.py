@@ -71,15 +71,19 @@ class Observers:
 
 
 class ExactForesight:
-    """Of a pre-gated model: every layer's routing is known before the first one, so nothing is read in vain."""
+    """Of a pre-gated model: every layer's routing is known before the first one, so nothing is read in vain.
 
-    def __init__(self, prefetcher: Prefetcher, keys: Sequence[Sequence[ExpertKey]]) -> None:
-        """`keys`: of each layer with experts, in the router's order."""
-        self._plan = CertainPrefetch(prefetcher, keys)
+    Only while compute waits for experts, and only if steps are no slower for it.
+    """
+
+    def __init__(self, prefetcher: Prefetcher, keys: Sequence[Sequence[ExpertKey]], *, always: bool = False) -> None:
+        """`keys`: of each layer with experts, in the router's order. `always`: in slower steps, too."""
+        self._plan = CertainPrefetch(prefetcher, keys, always=always)
 
     def step_begins(self, batch: Batch) -> None:
         assert batch.routings is not None
-        self._plan.step_begins([routing.experts for routing in batch.routings])
+        num_decoded = len(batch.requests) if batch.phase == "decode" else 0
+        self._plan.step_begins([routing.experts for routing in batch.routings], num_decoded)
 
     def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
         self._plan.layer_begins(index)
@@ -98,7 +102,7 @@ class OracleForesight(ExactForesight):
         self, prefetcher: Prefetcher, keys: Sequence[Sequence[ExpertKey]], steps: Sequence[Sequence[Sequence[int]]]
     ) -> None:
         """`steps`: the experts that each layer of each step was asked for the first time."""
-        super().__init__(prefetcher, keys)
+        super().__init__(prefetcher, keys, always=True)
         self._steps = iter(steps)
 
     def step_begins(self, batch: Batch) -> None:
