@@ -83,7 +83,7 @@ def test_a_name_cannot_break_out_of_the_page_or_the_terminal(foregate: Any, tmp_
     written = html.read_text(encoding="utf-8")
     assert NASTY not in written
     assert "<title>&lt;b&gt;&amp;__ECHARTS__.npz" in written
-    assert written.count("</script>") == 3 == written.count("<script")
+    assert written.count("</script>") == 4 == written.count("<script")
     data = data_of(written)
     assert data["analysis"]["workload"]["overlap"]["domains"] == [NASTY, "\x1b[31mred"]
     assert data["analysis"]["trace"] == "<b>&__ECHARTS__.npz"

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache.prefetcher import Prefetcher
 from engine.errors import ConfigError
+from engine.layers.foresight import ExactForesight
+from engine.loader import expert_keys
 from engine.models.spec import PregateSpec
 from engine.refactor.dense import Rotary, embed
 from engine.refactor.plan import PregatePlan, RefactorPlan, SplitSettings
@@ -89,8 +92,11 @@ def test_what_is_prefetched_of_a_pregated_model_is_exactly_what_is_used(pregated
     path, _, _, prompt = pregated
     record = FORMATS["float32"].layout(32, 32).nbytes
     requests = {"a": (prompt[:40], greedy(24))}
-    alone = make_engine(path, router="pregated", cache={"memory_nbytes": 6 * record, "predictor": "off"})
-    ahead = make_engine(path, router="pregated", cache={"memory_nbytes": 6 * record})
+    alone, ahead = (
+        make_engine(path, router="pregated", cache={"memory_nbytes": 6 * record, "predictor": "off"}) for _ in "ab"
+    )
+    keys = [expert_keys(ahead.moe, layer) for layer in ahead.moe.layers]
+    ahead.observe(ExactForesight(Prefetcher(ahead.expert_cache, len(keys)), keys, always=True))
     assert tokens_of(run_all(ahead, requests)["a"]) == tokens_of(run_all(alone, requests)["a"])
     stats = ahead.stats().expert_cache
     issued = sum(p.issued for p in stats.prefetch.values())
@@ -100,6 +106,20 @@ def test_what_is_prefetched_of_a_pregated_model_is_exactly_what_is_used(pregated
     assert stats.decode.queries == stats.decode.hits + stats.decode.joined
     assert sum(p.useful + p.late for p in stats.prefetch.values()) == issued
     assert stats.prefetch[1].predicted == stats.prefetch[1].routed > 0
+
+
+def test_a_pregated_model_reads_ahead_only_while_that_is_no_slower(
+    pregated, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    path, _, _, prompt = pregated
+    record = FORMATS["float32"].layout(32, 32).nbytes
+    issued = []
+    for is_worth_it in (False, True):
+        monkeypatch.setattr(Prefetcher, "is_worth_it", is_worth_it)
+        engine = make_engine(path, router="pregated", cache={"memory_nbytes": 6 * record})
+        run_all(engine, {"a": (prompt[:40], greedy(24))})
+        issued.append(sum(p.issued for p in engine.stats().expert_cache.prefetch.values()))
+    assert issued[0] == 0 < issued[1]
 
 
 def test_what_is_learned_computes_what_is_served(pregated):
