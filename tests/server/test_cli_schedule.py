@@ -17,6 +17,11 @@ from tests.engine.test_bench import TINY
 from tests.engine.tiny_models import make_checkpoint
 
 
+@pytest.fixture(autouse=True)
+def _root_logger_is_pytests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+
+
 def run(*args: str, exit_code: int = 0) -> str:
     result = CliRunner().invoke(app, args, catch_exceptions=False)
     assert result.exit_code == exit_code, result.output
