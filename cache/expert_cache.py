@@ -65,6 +65,7 @@ class ExpertCache:
         self._counters: dict[Phase, PhaseCounters] = {"prefill": PhaseCounters(), "decode": PhaseCounters()}
         self._prefetch_counters: dict[int, PrefetchCounters] = {}  # by layers ahead
         self._num_evictions = self._num_waves = 0
+        self._is_closing = False
 
     @property
     def holds_all(self) -> bool:
@@ -106,7 +107,7 @@ class ExpertCache:
                     lease._found.append((key, entry.slot))
                 else:
                     counters.joined += 1
-                    self._pin(lease, entry)
+                    self._join(lease, entry)
             counters.hits += len(lease._found)
             if missing:
                 lease._waiting = missing
@@ -194,6 +195,12 @@ class ExpertCache:
         lease._held.append(entry)
         lease._awaited.append(entry)
 
+    def _join(self, lease: Lease, entry: Entry) -> None:
+        """The lease waits for a read that is under way, and may have begun before it asked."""
+        assert entry.ticket is not None
+        entry.is_joined |= not entry.ready and not entry.ticket.is_queued
+        self._pin(lease, entry)
+
     def _load_waiting(self, lease: Lease) -> None:
         """Give slots to the lease's waiting experts, as many as there are."""
         for i, key in enumerate(lease._waiting):
@@ -208,6 +215,8 @@ class ExpertCache:
                 if entry.distance is not None:
                     self._asked_for(entry)
                 self._policy.touch(key)
+                self._join(lease, entry)
+                continue
             self._pin(lease, entry)
         lease._waiting.clear()
 
@@ -264,6 +273,11 @@ class ExpertCache:
         with self._changed:
             if error is None:
                 entry.ready = True
+            elif entry.is_joined and entry.pins and not self._is_closing:  # no lease fails by what was read before it
+                entry.is_joined = False
+                entry.ticket = self._transfer.submit(
+                    entry.key, self._pool.buffer(entry.slot), partial(self._arrived, entry)
+                )
             else:
                 entry.error = error
                 if entry.distance is not None:
@@ -363,6 +377,7 @@ class ExpertCache:
     def close(self) -> None:
         """Give up prefetches, finish transfers under way and end the I/O threads."""
         with self._changed:
+            self._is_closing = True
             for entry in list(self._ahead.values()):
                 if not entry.ready:
                     self._cancel(entry)

@@ -19,7 +19,7 @@ Phase = Literal["prefill", "decode"]
 class Entry:
     """One expert that has a slot: still loading, ready, or failed (then it has left the table)."""
 
-    __slots__ = ("distance", "error", "key", "pins", "ready", "slot", "ticket")
+    __slots__ = ("distance", "error", "is_joined", "key", "pins", "ready", "slot", "ticket")
 
     def __init__(self, key: ExpertKey, slot: int, distance: int | None = None) -> None:
         self.key = key
@@ -28,6 +28,7 @@ class Entry:
         self.ticket: Ticket | None = None
         self.pins = 0
         self.ready = False
+        self.is_joined = False  # somebody asked for it after its read had begun
         self.error: ExpertReadError | None = None
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from queue import SimpleQueue
 
 import pytest
 
 from cache.expert_key import ExpertKey
+from cache.expert_store import ExpertReadError
 from cache.prefetcher import Prefetcher
 from tests.cache.conftest import KEYS, RECORD_NBYTES
 
@@ -168,6 +170,73 @@ def test_a_prefetch_that_cannot_be_read_is_forgotten(open_cache, monkeypatch):
     wait_until(lambda: one.cache.stats().read_errors == 1)
     monkeypatch.setattr(one.store, "read_run", read)
     assert one.use(key(0)) == [key(0)]
+
+
+class BadReads:
+    """Each read waits for its turn, and then fails or not as it is told."""
+
+    def __init__(self, one, monkeypatch) -> None:
+        self.num_begun = 0
+        self._turns: SimpleQueue[bool] = SimpleQueue()
+        read = one.store.read_run
+
+        def read_run(keys, buffers):
+            self.num_begun += 1
+            if self._turns.get(timeout=5):
+                raise OSError("odd")
+            return read(keys, buffers)
+
+        monkeypatch.setattr(one.store, "read_run", read_run)
+
+    def fail(self, num_reads: int) -> None:
+        for _ in range(num_reads):
+            self._turns.put(True)
+
+    def succeed(self) -> None:
+        self._turns.put(False)
+
+
+def test_a_lease_that_joins_a_failing_prefetch_has_it_read_anew(open_cache, monkeypatch):
+    one = open_cache(2, num_io_threads=1)
+    reads = BadReads(one, monkeypatch)
+    one.cache.prefetch([(key(0), 1.0)], distance=1)
+    wait_until(lambda: reads.num_begun == 1)
+    with one.cache.acquire([key(0)]) as lease:
+        reads.fail(2)  # the transfer tries each record twice
+        reads.succeed()
+        assert [[k for k, _ in batch] for batch in lease.batches()] == [[key(0)]]
+    assert (one.cache.stats().decode.joined, one.cache.stats().read_errors) == (1, 1)
+
+
+def test_a_lease_that_joins_what_a_failed_one_left_behind_has_it_read_anew(open_cache, monkeypatch):
+    one = open_cache(4, num_io_threads=1)
+    reads = BadReads(one, monkeypatch)
+    with one.cache.acquire([key(0), key(5, 2)]) as lease:
+        reads.fail(2)
+        with pytest.raises(ExpertReadError):
+            list(lease.batches())
+    wait_until(lambda: reads.num_begun == 3)
+    with one.cache.acquire([key(5, 2)]) as lease:
+        reads.fail(2)
+        reads.succeed()
+        assert [[k for k, _ in batch] for batch in lease.batches()] == [[key(5, 2)]]
+
+
+def test_a_lease_fails_by_its_own_read_and_one_read_anew_is_all_it_gets(open_cache, monkeypatch):
+    one = open_cache(2, num_io_threads=1)
+    reads = BadReads(one, monkeypatch)
+    one.cache.prefetch([(key(0), 1.0)], distance=1)
+    wait_until(lambda: reads.num_begun == 1)
+    with one.cache.acquire([key(0)]) as lease:
+        reads.fail(4)
+        with pytest.raises(ExpertReadError, match="odd"):
+            list(lease.batches())
+    assert reads.num_begun == 4
+    with one.cache.acquire([key(1)]) as lease:
+        reads.fail(2)
+        with pytest.raises(ExpertReadError, match="odd"):
+            list(lease.batches())
+    assert (reads.num_begun, one.cache.resident()) == (6, frozenset())
 
 
 def test_a_throttled_link_takes_its_time_one_record_after_the_other(open_cache):
