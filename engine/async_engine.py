@@ -19,11 +19,13 @@ import msgspec
 from engine.admission import check_request
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
+from engine.live_checks import LiveChecks, check_engine
 from engine.live_trace import LiveTrace
 from engine.messages import (
     MAX_TRACE_TOKENS,
     AbortRequest,
     AddRequest,
+    CheckIntegrity,
     EngineState,
     EngineStats,
     ModelInfo,
@@ -46,7 +48,7 @@ _log = logging.getLogger(__name__)
 _STATS_INTERVAL_S = 0.05
 _LONG_TEXT = 4096  # characters; longer texts are tokenised off the event loop
 
-_Message = AddRequest | AbortRequest | StartTrace | StopTrace
+_Message = AddRequest | AbortRequest | StartTrace | StopTrace | CheckIntegrity
 
 
 class AsyncEngine:
@@ -71,6 +73,7 @@ class AsyncEngine:
         self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
         self._trace = LiveTrace(self._inbox.put)
+        self._checks = LiveChecks(self._inbox.put)
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
         self._stats = EngineStats(state="stopped")
@@ -186,9 +189,13 @@ class AsyncEngine:
         age = 0.0 if self._last_step_at is None else time.monotonic() - self._last_step_at
         return msgspec.structs.replace(self._stats, state=self._state, last_step_age_s=age, error=self._error)
 
-    def check_integrity(self) -> None:
-        """For tests: raise `AssertionError` if the idle engine's books do not add up."""
-        self._loaded().check_integrity()
+    async def integrity_error(self) -> str | None:
+        """What does not add up in the books of the engine, looked at between two of its steps.
+
+        Without requests nothing may be held: no block, no lease. Raises `EngineDead`.
+        """
+        self._require_ready()
+        return await self._checks.ask()
 
     def _loaded(self) -> Engine:
         if self._engine is None:
@@ -214,6 +221,7 @@ class AsyncEngine:
         for request_id, stream in self._streams.items():
             stream.put_nowait(_failed(request_id, error))
         self._trace.fail(error)
+        self._checks.fail(error)
 
     def _run(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[None]) -> None:
         """The engine's thread."""
@@ -261,6 +269,8 @@ class AsyncEngine:
                 elif isinstance(message, StartTrace):
                     end = partial(self._inbox.put, StopTrace(message.trace_id))
                     engine.recordings.start(message, engine.scheduler.requests, when_full=end)
+                elif isinstance(message, CheckIntegrity):
+                    loop.call_soon_threadsafe(self._checks.deliver, check_engine(engine, message))
                 else:
                     traces.stop(message)
             if self._last_step_at is None:

@@ -54,6 +54,19 @@ class TraceRecorded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: str | None = None
 
 
+class CheckIntegrity(msgspec.Struct, frozen=True, tag=True):
+    """Server to engine: do your books add up?"""
+
+    check_id: str
+
+
+class IntegrityChecked(msgspec.Struct, frozen=True, tag=True):
+    """Engine to server: they do, between two steps, unless there is an `error`."""
+
+    check_id: str
+    error: str | None = None
+
+
 class TokenLogprob(msgspec.Struct, frozen=True):
     """One token with its natural-log probability; `token` is the token's own bytes (possibly half a character)."""
 

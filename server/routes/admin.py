@@ -1,4 +1,7 @@
-"""POST /admin/trace: record which experts tokens are routed to, for a while. DELETE /admin/trace ends it early."""
+"""POST /admin/trace: record which experts tokens are routed to, for a while. DELETE /admin/trace ends it early.
+
+GET /admin/integrity: do the engine's books add up?
+"""
 
 from __future__ import annotations
 
@@ -57,5 +60,17 @@ def admin_router(ctx: AppContext) -> APIRouter:
         if not ctx.engine.end_trace():
             raise ApiError(404, "nothing is being recorded", code="not_recording")
         return {"ended": True}
+
+    @router.get("/integrity")
+    async def integrity(request: Request) -> dict[str, Any]:
+        """`error` says what is wrong with blocks, expert slots or the queue, and is null if nothing is.
+
+        Without requests an expert that is still being read ahead counts as wrong: ask again a moment later.
+        """
+        check_admin(request, ctx.settings)
+        ctx.require_engine()
+        error = await ctx.engine.integrity_error()
+        stats = ctx.engine.stats()
+        return {"ok": error is None, "error": error, "num_requests": stats.num_running + stats.num_waiting}
 
     return router

@@ -15,7 +15,9 @@ from engine.errors import CheckpointError, EngineDead, EngineOverloaded, Invalid
 from engine.messages import (
     AbortRequest,
     AddRequest,
+    CheckIntegrity,
     EngineStats,
+    IntegrityChecked,
     ModelInfo,
     RequestOutput,
     StartTrace,
@@ -82,7 +84,7 @@ async def test_many_requests_at_once_each_get_their_own(engine: AsyncEngine):
         assert {output.request_id for output in outputs} == {name}
         assert tokens_of(outputs) == tokens_of(await collect(engine, "again", *request))
     await settled(engine)
-    engine.check_integrity()
+    assert await engine.integrity_error() is None
 
 
 async def test_eos_ends_a_request_unless_it_is_ignored(engine: AsyncEngine):
@@ -132,7 +134,7 @@ async def test_a_closed_generator_aborts_its_request_and_frees_all_it_held(engin
     await generator.aclose()
     stats = await settled(engine)
     assert stats.output_tokens_total < 90
-    engine.check_integrity()
+    assert await engine.integrity_error() is None
 
 
 async def test_a_full_queue_is_refused_at_once_and_serves_again_later(engine: AsyncEngine):
@@ -180,6 +182,30 @@ async def test_when_the_engine_fails_every_request_ends_with_an_error_and_no_mor
     assert (stats.state, stats.error) == ("dead", "RuntimeError: boom")
     with pytest.raises(EngineDead, match="boom"):
         await collect(engine, "late", [1], greedy(1))
+
+
+async def test_books_that_do_not_add_up_are_told_and_the_engine_works_on(engine: AsyncEngine, monkeypatch):
+    def broken(self: Engine) -> None:
+        raise AssertionError("a block is lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "check_integrity", broken)
+        running = asyncio.ensure_future(collect(engine, "a", random_prompt(20), greedy(40)))
+        assert await engine.integrity_error() == "a block is lost"
+    assert len(tokens_of(await running)) == 40
+    await settled(engine)
+    assert await engine.integrity_error() is None
+
+
+async def test_an_engine_that_fails_leaves_nobody_waiting_for_its_books(engine: AsyncEngine, monkeypatch):
+    def boom(self: Engine) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(Engine, "check_integrity", boom)
+    with pytest.raises(EngineDead):
+        await asyncio.wait_for(engine.integrity_error(), 10)
+    with pytest.raises(EngineDead, match="boom"):
+        await engine.integrity_error()
 
 
 async def test_stop_drains_what_is_in_flight_and_takes_nothing_new(config: EngineConfig):
@@ -239,6 +265,8 @@ def test_messages_survive_the_wire():
             expert_format=None,
         ),
         EngineStats(state="ready"),
+        CheckIntegrity("c"),
+        IntegrityChecked("c", "a block is lost"),
     ]
     for message in messages:
         wire = msgspec.msgpack.encode(message)

@@ -75,6 +75,7 @@ class FakeEngine:
         self.stopped_with: float | None = None
         self.recorded = TraceRecorded(trace_id="t", npz=b"PK", num_tokens=7, num_requests=2)
         self.recordings: list[tuple[float, int, str]] = []  # asked for: seconds, tokens, domain
+        self.integrity: str | None = None  # what does not add up
         self.trace_ends: asyncio.Event | None = None  # of what is being recorded
 
     @property
@@ -163,6 +164,9 @@ class FakeEngine:
             return False
         self.trace_ends.set()
         return True
+
+    async def integrity_error(self) -> str | None:
+        return self.integrity
 
     def stats(self) -> EngineStats:
         values = {name: getattr(self.stats_to_tell, name) for name in self.stats_to_tell.__struct_fields__}

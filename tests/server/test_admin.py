@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from engine.errors import EngineDead, InvalidRequest
-from engine.messages import MAX_TRACE_TOKENS, TraceRecorded
+from engine.messages import MAX_TRACE_TOKENS, EngineStats, TraceRecorded
 from server.app import create_app
 from server.auth import hash_key
 from server.settings import AppSettings
@@ -133,3 +133,12 @@ async def test_without_a_key_any_other_is_403(engine: FakeEngine, address: str, 
             response = await client.request(method, url, headers=headers, json=SHORT)
             assert (response.status_code, response.json()["error"]["code"]) == (403, "admin_needs_api_key")
     assert not engine.recordings
+
+
+async def test_integrity_tells_what_does_not_add_up(client: httpx.AsyncClient, engine: FakeEngine):
+    url = URL.replace("trace", "integrity")
+    assert (await client.get(url)).json() == {"ok": True, "error": None, "num_requests": 0}
+    engine.integrity = "a block is lost"
+    engine.stats_to_tell = EngineStats(state="ready", num_running=2, num_waiting=3)
+    assert (await client.get(url)).json() == {"ok": False, "error": "a block is lost", "num_requests": 5}
+    assert (await client.get(url, headers={"x-forwarded-for": "10.0.0.1"})).status_code == 403
