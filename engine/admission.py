@@ -14,7 +14,7 @@ def check_request(info: ModelInfo, prompt_token_ids: list[int], params: Sampling
     if not all(0 <= token_id < info.vocab_size for token_id in prompt_token_ids):
         raise InvalidRequest(f"prompt token ids must be between 0 and {info.vocab_size - 1}", param="prompt")
     limit, num_prompt = info.max_model_len, len(prompt_token_ids)
-    if num_prompt >= limit or (params.max_tokens is not None and num_prompt + params.max_tokens > limit):
+    if num_prompt + (1 if params.max_tokens is None else params.max_tokens) > limit:
         wanted = "" if params.max_tokens is None else f" and max_tokens is {params.max_tokens}"
         raise InvalidRequest(
             f"This model's maximum context length is {limit} tokens. However, the prompt has {num_prompt} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import time
@@ -169,6 +170,8 @@ class Engine:
                 self.tokenizer, prompt_token_ids, stop=params.stop, skip_special_tokens=params.skip_special_tokens
             ),
         )
+        if params.prompt_logprobs is not None:
+            request.new_scores.append([(prompt_token_ids[0], math.nan)])
         self._num_requests += 1
         self.recordings.request_begins(request.number, request.num_prompt_tokens)
         if self._live is not None:
@@ -204,6 +207,7 @@ class Engine:
         self.scheduler.update(output)
         sampled = self._sampler.sample(logits, sampled_requests)
         results = [self._append(request, token) for request, token in zip(sampled_requests, sampled, strict=True)]
+        results += [self._output(request, "", [], None) for request in output.num_tokens if request.new_scores]
         self._counts["steps_total"] += 1
         seconds = time.perf_counter() - started
         self._step_s += seconds
@@ -217,24 +221,16 @@ class Engine:
         """
         if self.has_work:
             raise RuntimeError("only an idle engine can score")
-        self.add_request("score", token_ids, SamplingParams(temperature=0.0, max_tokens=1))
-        (request,) = self.scheduler.requests
-        budget = self.config.scheduler.max_num_batched_tokens
-        targets = torch.tensor(token_ids)
-        parts: list[Tensor] = []
-        try:
-            while (start := request.num_computed_tokens) < len(token_ids):
-                output = SchedulerOutput({request: min(budget, request.num_new_tokens)})
-                end = start + output.total_num_tokens
-                if not self._blocks.allocate(request, end):
-                    raise InvalidRequest(f"{len(token_ids)} tokens do not fit the KV memory")
-                logits = self._runner.run(output, all_logits=True)
-                self.scheduler.update(output)
-                nexts = targets[start + 1 : end + 1]
-                parts.append(logits[: len(nexts)].log_softmax(-1).gather(1, nexts[:, None])[:, 0])
-        finally:
-            self.abort_request("score")
-        return torch.cat(parts)
+        self.add_request("score", token_ids, SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=0))
+        logprobs: list[float] = []
+        error: str | None = None
+        while self.has_work:
+            for output in self.step():
+                logprobs += [position.chosen.logprob for position in output.prompt_logprobs or ()]
+                error = error or output.error
+        if error is not None:
+            raise RuntimeError(error)
+        return torch.tensor(logprobs[1:])
 
     def stats(self) -> EngineStats:
         """A snapshot; the state is the caller's to fill in."""
@@ -270,6 +266,8 @@ class Engine:
             self._experts.cache.close()
 
     def _append(self, request: Request, token: SampledToken) -> RequestOutput:
+        if request.params.max_tokens == 0:
+            return self._output(request, "", [], "length")
         request.token_ids.append(token.token_id)
         self._counts["output_tokens_total"] += 1
         params = request.params
@@ -306,6 +304,7 @@ class Engine:
             request.finish_reason = finish
             self.abort_request(request.request_id)
         wants_logprobs = request.params.logprobs is not None
+        scores, request.new_scores = request.new_scores, []
         return RequestOutput(
             request_id=request.request_id,
             text=text,
@@ -313,17 +312,17 @@ class Engine:
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=min(request.num_cached_tokens, request.num_prompt_tokens),
             num_output_tokens=request.num_output_tokens,
-            logprobs=[self._named(token) for token in tokens] if wants_logprobs else None,
+            logprobs=[self._named(token.logprobs) for token in tokens] if wants_logprobs else None,
+            prompt_logprobs=[self._named(score) for score in scores] or None,
             finish_reason=finish,
             stop_reason=stop_reason,
             error=error,
         )
 
-    def _named(self, token: SampledToken) -> PositionLogprobs:
-        assert token.logprobs is not None
+    def _named(self, logprobs: list[tuple[int, float]] | None) -> PositionLogprobs:
+        assert logprobs is not None
         named = [
-            TokenLogprob(token_id, logprob, self.tokenizer.token_bytes(token_id))
-            for token_id, logprob in token.logprobs
+            TokenLogprob(token_id, logprob, self.tokenizer.token_bytes(token_id)) for token_id, logprob in logprobs
         ]
         return PositionLogprobs(named[0], named[1:])
 

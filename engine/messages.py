@@ -71,7 +71,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     """One token with its natural-log probability; `token` is the token's own bytes (possibly half a character)."""
 
     token_id: int
-    logprob: float
+    logprob: float  # NaN: of a prompt's first token, which nothing foretells
     token: bytes
 
 
@@ -96,6 +96,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int  # prompt tokens whose KV was found in the prefix cache
     num_output_tokens: int
     logprobs: list[PositionLogprobs] | None = None  # one per new token where asked for
+    prompt_logprobs: list[PositionLogprobs] | None = None  # of further prompt tokens where asked for
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop id or stop string that ended it
     error: str | None = None

@@ -7,6 +7,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder
+from engine.prompt_scores import score_prompts
 from engine.scheduler import SchedulerOutput
 
 
@@ -20,6 +21,11 @@ class ModelRunner:
     def run(self, output: SchedulerOutput, *, all_logits: bool = False) -> Tensor:
         """-> float32 logits [n, V] of the sequences that have caught up, in batch order; or of every token.
 
+        Scores the prompt tokens of the requests that want it.
+
         Raises `engine.layers.moe.ExpertFailure` if an expert cannot be read; the step may then be run again.
         """
-        return self.model(Batch.build(output, all_logits=all_logits), self._kv_cache)
+        batch = Batch.build(output, all_logits=all_logits)
+        residual = self.model.residual(batch, self._kv_cache)
+        score_prompts(output, residual, self.model.logits)
+        return self.model.logits(residual if batch.logit_rows is None else residual[batch.logit_rows])

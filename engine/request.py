@@ -30,6 +30,8 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     was_scheduled: bool = False
+    num_scored: int = 0  # prompt tokens, from the second on, whose log-probabilities are known
+    new_scores: list[list[tuple[int, float]]] = field(default_factory=list)  # of prompt tokens, not told yet
     finish_reason: FinishReason | None = None
 
     @property
@@ -44,6 +46,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still to be computed; a cached prefix has none."""
+        return self.params.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens - 1
 
     @property
     def output_token_ids(self) -> list[int]:

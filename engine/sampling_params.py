@@ -19,7 +19,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_k, top_p, min_p. Log-probabilities are reported of the model's own distribution, before all of these.
     """
 
-    max_tokens: int | None = None  # None: as many as the context holds
+    max_tokens: int | None = None  # None: as many as the context holds; 0: the prompt is computed and no more
     min_tokens: int = 0  # end-of-sequence and stop ids are not sampled before
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
@@ -34,11 +34,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # number of alternatives beside the chosen token; None: no log-probabilities
+    prompt_logprobs: int | None = None  # the same for every prompt token but the first
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}", param="max_tokens")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise InvalidRequest(f"max_tokens must not be negative, got {self.max_tokens}", param="max_tokens")
         if self.min_tokens < 0:
             raise InvalidRequest(f"min_tokens must not be negative, got {self.min_tokens}", param="min_tokens")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -71,10 +72,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidRequest("a stop string must not be empty", param="stop")
         if any(token_id < 0 for token_id in self.stop_token_ids):
             raise InvalidRequest("stop_token_ids must not be negative", param="stop_token_ids")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise InvalidRequest(
-                f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}", param="logprobs"
-            )
+        for name, num in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if num is not None and not 0 <= num <= MAX_LOGPROBS:
+                raise InvalidRequest(f"{name} must be between 0 and {MAX_LOGPROBS}, got {num}", param=name)
 
     @property
     def greedy(self) -> bool:

@@ -81,7 +81,7 @@ class FcfsScheduler:
                 budget -= num_tokens
         while self.waiting and not preempted and budget > 0 and self._may_admit(output):
             request = self._next_waiting()
-            num_reused = self._blocks.reuse_prefix(request)
+            num_reused = 0 if request.wants_scores else self._blocks.reuse_prefix(request)
             num_tokens = min(request.num_tokens - num_reused, budget)
             if not self._blocks.allocate(request, num_reused + num_tokens):
                 self._blocks.free(request)
@@ -93,7 +93,7 @@ class FcfsScheduler:
             if not request.was_scheduled:
                 request.was_scheduled = True
                 request.num_cached_tokens = num_reused
-                self.num_prefix_queries += request.num_prompt_tokens
+                self.num_prefix_queries += 0 if request.wants_scores else request.num_prompt_tokens
                 self.num_prefix_hits += num_reused
             output.num_tokens[request] = num_tokens
             budget -= num_tokens

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.types import Receive
 
 from engine.errors import InvalidRequest
@@ -26,12 +28,38 @@ Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt for the engine; its place in the list of jobs is the index of its choice."""
+    """One choice for the engine to make; its place in the list of jobs is its index in the answer."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     prompt_param: str  # what the client calls the prompt
+    choice: int = 0  # of those of its prompt; all but the first wait until that one has computed the prompt
+
+
+def jobs_of(
+    request_id: str, prompts: Sequence[list[int]], params: SamplingParams, *, n: int, prompt_param: str
+) -> list[Job]:
+    """n choices of each prompt, in OpenAI's order. The first one is what it is with n = 1, the seeds of the others
+    follow from the request's."""
+    others = msgspec.structs.replace(params, prompt_logprobs=None)  # the same for all choices of a prompt
+    return [
+        Job(
+            f"{request_id}-{number * n + choice}",
+            prompt,
+            params if choice == 0 else msgspec.structs.replace(others, seed=_seed_of(params.seed, choice)),
+            prompt_param,
+            choice,
+        )
+        for number, prompt in enumerate(prompts)
+        for choice in range(n)
+    ]
+
+
+def _seed_of(seed: int | None, choice: int) -> int | None:
+    if seed is None:
+        return None
+    return int.from_bytes(blake2b(f"{seed} {choice}".encode(), digest_size=8).digest(), "big", signed=True)
 
 
 async def run_jobs(engine: Engine, jobs: Sequence[Job], timer: RequestTimer, *, max_parallel: int) -> Outputs:
@@ -55,10 +83,10 @@ async def first_output(outputs: Outputs, receive: Receive) -> tuple[int, Request
         raise
 
 
-async def collect(outputs: Outputs, receive: Receive, num_choices: int) -> tuple[list[Collected], Tally]:
+async def collect(outputs: Outputs, receive: Receive, num_choices: int, *, n: int = 1) -> tuple[list[Collected], Tally]:
     """All of it, for an answer in one piece; raises `ClientGone` as soon as the client is."""
     choices = [Collected() for _ in range(num_choices)]
-    tally = Tally()
+    tally = Tally(n)
 
     async def gather() -> None:
         async for index, output in outputs:
@@ -120,11 +148,17 @@ async def _merged(engine: Engine, jobs: Sequence[Job], max_parallel: int) -> Out
     gate = asyncio.Semaphore(max_parallel)
     queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue()
 
+    computed = [asyncio.Event() for _ in jobs]  # the prompt is
+
     async def pump(index: int, job: Job) -> None:
         try:
+            if job.choice:
+                await computed[index - job.choice].wait()
             async with gate, aclosing(_run(engine, job, index)) as outputs:
                 async for item in outputs:
                     queue.put_nowait(item)
+                    if item[1].token_ids or item[1].finish_reason is not None:
+                        computed[index].set()
         except Exception as exc:
             queue.put_nowait(exc)
 

@@ -46,6 +46,7 @@ class AppSettings(BaseModel):
     metrics_compat: Literal["vllm", "none"] = "vllm"
     max_body_nbytes: int = 16 * 1024**2
     max_prompts: int = 256
-    max_parallel_prompts: int = 32  # of one request
+    max_choices: int = 1024  # of one request: n times its prompts
+    max_parallel_prompts: int = 32  # of these at once
     max_stop_strings: int = 4
     heartbeat_s: float = 15.0  # silence in a stream before a comment is sent

@@ -75,6 +75,17 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         """-> float32 logits [len(batch.logit_rows), V]."""
+        residual = self.residual(batch, kv_cache)
+        return self.logits(residual if batch.logit_rows is None else residual[batch.logit_rows])
+
+    @torch.inference_mode()
+    def logits(self, residual: Tensor) -> Tensor:
+        """Rows [n, H] of `residual` -> float32 [n, V]."""
+        return self.lm_head(self.backend.rms_norm(residual, self.norm, self.eps))
+
+    @torch.inference_mode()
+    def residual(self, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """-> float32 [T, H], what the last layer leaves of every token."""
         residual = self.embedding[batch.token_ids].float()
         if self.pregate is not None:
             batch.routings = self.pregate(residual, batch, kv_cache, len(self.layers))
@@ -86,5 +97,4 @@ class Decoder:
             layer.feed_forward(residual, batch)
         if self.observer is not None:
             self.observer.step_ends()
-        wanted = residual if batch.logit_rows is None else residual[batch.logit_rows]
-        return self.lm_head(self.backend.rms_norm(wanted, self.norm, self.eps))
+        return residual

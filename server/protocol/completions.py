@@ -11,7 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from engine.messages import FinishReason
 from engine.sampling_params import MAX_LOGPROBS
-from server.protocol.fields import SamplingBody
+from server.errors import BadRequest
+from server.protocol.fields import CountOrZero, NumChoices, SamplingBody
 from server.protocol.logprobs import CompletionLogprobs
 from server.protocol.usage import Usage
 
@@ -42,7 +43,19 @@ class CompletionRequest(SamplingBody):
         list[Prompt],
         BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
+    max_tokens: CountOrZero | None = None
+    n: NumChoices | None = None
+    best_of: NumChoices | None = None
+    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Of each prompt. Raises `BadRequest` for a `best_of` that would throw some away."""
+        n = self.n or 1
+        if self.best_of is not None and self.best_of != n:
+            raise BadRequest(f"best_of is only supported as equal to n, which is {n}", param="best_of")
+        return n
 
     @property
     def output_limit(self) -> int:

@@ -13,6 +13,8 @@ from server.errors import BadRequest
 _INT32_MAX = 2**31 - 1
 
 Count = Annotated[int, Field(ge=1, le=_INT32_MAX)]
+CountOrZero = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+NumChoices = Annotated[int, Field(ge=1, le=128)]  # `n`
 TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 
 
@@ -57,7 +59,7 @@ class SamplingBody(Body):
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings, json_schema_input_type=str | list[str] | None)] = ()
     stop_token_ids: list[TokenId] | None = None
     max_tokens: Count | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=_INT32_MAX)] | None = None
+    min_tokens: CountOrZero | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Iterable
 
 import msgspec
@@ -34,8 +35,8 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     """Parallel lists, one entry for each token; `text_offset` counts characters from the start of the choice's text."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # null: of a prompt's first token
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -56,29 +57,49 @@ def chat_logprobs(positions: Iterable[PositionLogprobs]) -> ChatLogprobs:
 class TextOffsets:
     """Where each token begins in the text of one choice, whatever way characters are split into tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, echo: str = "") -> None:
+        """`echo`: what the text begins with; `of_echo` is then called for the tokens of it, before `next`."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_chars = 0
+        self._echo = echo
+        self._at = 0  # within the echo
+        self._num_chars = len(echo)
 
     def next(self, token: bytes) -> int:
         offset = self._num_chars
         self._num_chars += len(self._decoder.decode(token))
         return offset
 
+    def of_echo(self, token: bytes) -> int:
+        """A token that is not in the text, as a special one that was put before it, takes no room."""
+        offset = self._at
+        part = self._decoder.decode(token)
+        for seen in (part, part.removeprefix(" ")):  # a space that a tokenizer puts before everything
+            if self._echo.startswith(seen, offset):
+                self._at += len(seen)
+                break
+        return offset
 
-def completion_logprobs(positions: Iterable[PositionLogprobs], offsets: TextOffsets) -> CompletionLogprobs:
-    """The chosen token is always among `top_logprobs`, which can so have one entry more than was asked for."""
+
+def completion_logprobs(
+    positions: Iterable[PositionLogprobs], offsets: TextOffsets, *, prompt: Iterable[PositionLogprobs] = ()
+) -> CompletionLogprobs:
+    """Those of the echoed `prompt`, if any, and of the tokens after it.
+
+    The chosen token is always among `top_logprobs`, which can so have one entry more than was asked for.
+    """
     result = CompletionLogprobs([], [], [], [])
-    for position in positions:
-        chosen = position.chosen
-        result.tokens.append(_text(chosen))
-        result.token_logprobs.append(_finite(chosen.logprob))
-        # two halves of characters may look alike as text; the likelier one stays
-        top: dict[str, float] = {}
-        for entry in (*position.top, chosen):
-            top.setdefault(_text(entry), _finite(entry.logprob))
-        result.top_logprobs.append(top)
-        result.text_offset.append(offsets.next(chosen.token))
+    for offset_of, some in ((offsets.of_echo, prompt), (offsets.next, positions)):
+        for position in some:
+            chosen = position.chosen
+            is_first = math.isnan(chosen.logprob)
+            result.tokens.append(_text(chosen))
+            result.token_logprobs.append(None if is_first else _finite(chosen.logprob))
+            # two halves of characters may look alike as text; the likelier one stays
+            top: dict[str, float] = {}
+            for entry in (*position.top, chosen):
+                top.setdefault(_text(entry), _finite(entry.logprob))
+            result.top_logprobs.append(None if is_first else top)
+            result.text_offset.append(offset_of(chosen.token))
     return result
 
 

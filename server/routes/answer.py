@@ -35,11 +35,13 @@ async def answer_whole(
     request: Request,
     jobs: Sequence[Job],
     build: Callable[[list[Collected], Tally], msgspec.Struct],
+    *,
+    n: int = 1,
 ) -> Response:
-    """Raises the engine's errors, `GenerationFailed` and `ClientGone`."""
+    """`n`: choices of each prompt. Raises the engine's errors, `GenerationFailed` and `ClientGone`."""
     record = record_of(request)
     outputs = _outputs(ctx, record, jobs)
-    choices, tally = await collect(outputs, request.receive, len(jobs))
+    choices, tally = await collect(outputs, request.receive, len(jobs), n=n)
     record.finish_reason = choices[0].finish_reason or ""
     return Response(msgspec.json.encode(build(choices, tally)), media_type="application/json")
 

@@ -10,7 +10,7 @@ from engine.sampling_params import SamplingParams
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", -5),
         ("min_tokens", -1),
         ("temperature", -0.1),

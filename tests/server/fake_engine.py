@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,6 +125,19 @@ class FakeEngine:
         finished = False
         try:
             tokens = script.tokens[: params.max_tokens]
+            prompt_logprobs = _prompt_logprobs(prompt_token_ids, params)
+            if params.max_tokens == 0 and script.failure is None:
+                finished = True
+                yield RequestOutput(
+                    request_id=request_id,
+                    text="",
+                    token_ids=[],
+                    num_prompt_tokens=len(prompt_token_ids),
+                    num_cached_tokens=script.num_cached_tokens,
+                    num_output_tokens=0,
+                    prompt_logprobs=prompt_logprobs,
+                    finish_reason="length",
+                )
             for position, token in enumerate(tokens, start=1):
                 if token.delay_s:
                     await asyncio.sleep(token.delay_s)
@@ -137,6 +151,7 @@ class FakeEngine:
                     num_cached_tokens=script.num_cached_tokens,
                     num_output_tokens=position,
                     logprobs=_logprobs(token, params),
+                    prompt_logprobs=prompt_logprobs if position == 1 else None,
                     finish_reason=finish if finished else None,
                     stop_reason=script.stop_reason if finished else None,
                     error=script.error if finished else None,
@@ -179,3 +194,15 @@ def _logprobs(token: Token, params: SamplingParams) -> list[PositionLogprobs] | 
     chosen = TokenLogprob(1, -0.5, token.bytes)
     others = [TokenLogprob(2 + rank, -1.0 - rank, b"x%d" % rank) for rank in range(params.logprobs - 1)]
     return [PositionLogprobs(chosen, [chosen, *others][: params.logprobs])]
+
+
+def _prompt_logprobs(prompt_token_ids: list[int], params: SamplingParams) -> list[PositionLogprobs] | None:
+    """Token t has the log-probability -t / 100."""
+    if params.prompt_logprobs is None:
+        return None
+    likeliest = [TokenLogprob(120, -0.1, b"x")][: params.prompt_logprobs]
+    first, *others = prompt_token_ids
+    return [
+        PositionLogprobs(TokenLogprob(first, math.nan, bytes([first])), []),
+        *(PositionLogprobs(TokenLogprob(t, -t / 100, bytes([t])), likeliest) for t in others),
+    ]

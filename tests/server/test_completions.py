@@ -129,6 +129,108 @@ async def test_logprobs_of_zero_still_tell_the_chosen_token(client: httpx.AsyncC
     assert answer["choices"][0]["logprobs"]["top_logprobs"] == [{"Par": -0.5}]
 
 
+async def test_an_echo_is_the_prompt_before_the_answer(client: httpx.AsyncClient) -> None:
+    answer = (await client.post(URL, json={"prompt": ["hé", "yo"], "echo": True})).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["héParis.", "yoParis."]
+    answer = (await client.post(URL, json={"prompt": [104, 105], "echo": True, "max_tokens": 0})).json()
+    assert answer["choices"][0]["text"] == "hi"
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 0
+    chunks = events(await client.post(URL, json={"prompt": "hi", "echo": True, "stream": True}))
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["hi", "Par", "is", ".", ""]
+
+
+async def test_an_echo_has_log_probabilities_of_every_prompt_token_but_the_first(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    body = {"prompt": list("h€i".encode()), "echo": True, "logprobs": 1, "max_tokens": 1}
+    logprobs = (await client.post(URL, json=body)).json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["h", "\ufffd", "\ufffd", "\ufffd", "i", "Par"]
+    assert logprobs["token_logprobs"] == [None, -2.26, -1.3, -1.72, -1.05, -0.5]
+    assert logprobs["top_logprobs"] == [
+        None,
+        {"x": -0.1, "\ufffd": -2.26},
+        {"x": -0.1, "\ufffd": -1.3},
+        {"x": -0.1, "\ufffd": -1.72},
+        {"x": -0.1, "i": -1.05},
+        {"Par": -0.5},
+    ]
+    assert logprobs["text_offset"] == [0, 1, 1, 1, 2, 3]
+    assert engine.seen[-1][2].prompt_logprobs == 1
+    first, second, *_ = events(await client.post(URL, json={**body, "stream": True}))
+    streamed = {
+        name: values + second["choices"][0]["logprobs"][name]
+        for name, values in first["choices"][0]["logprobs"].items()
+    }
+    assert streamed == logprobs
+
+
+async def test_log_probabilities_of_the_prompt_are_not_computed_where_it_is_not_echoed(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    await client.post(URL, json={"prompt": "hi", "logprobs": 1})
+    await client.post(URL, json={"prompt": "hi", "echo": True})
+    assert [params.prompt_logprobs for _, _, params in engine.seen] == [None, None]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_n_choices_of_each_prompt_are_in_order_and_share_its_computation(
+    client: httpx.AsyncClient, engine: FakeEngine, stream: bool
+) -> None:
+    open_before: list[int] = []
+
+    def script(prompt: list[int]) -> Script:
+        open_before.append(engine.num_open)
+        return Script([Token(f"to {prompt[0]}", delay_s=0.05), Token(".", delay_s=0.05)])
+
+    engine.script = script
+    body = {"prompt": [[1], [2]], "n": 3, "best_of": 3, "seed": 7, "echo": True, "logprobs": 0, "stream": stream}
+    response = await client.post(URL, json={**body, "stream_options": {"include_usage": True}} if stream else body)
+    if stream:
+        chunks = events(response)
+        texts = [""] * 6
+        for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+            texts[choice["index"]] += choice["text"]
+        usage = chunks[-1]["usage"]
+    else:
+        texts = [choice["text"] for choice in response.json()["choices"]]
+        assert all(len(choice["logprobs"]["tokens"]) == 3 for choice in response.json()["choices"])
+        usage = response.json()["usage"]
+    assert texts == ["\x01to 1."] * 3 + ["\x02to 2."] * 3
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2, 12)  # a prompt is counted once
+    assert open_before == [0, 1, 2, 3, 4, 5]
+    assert [prompt for _, prompt, _ in engine.seen[:2]] == [[1], [2]]  # the others begin when these have been computed
+    seeds = {params.seed for _, _, params in engine.seen}
+    assert len(seeds) == 3  # one for each place, the same of both prompts
+    assert 7 in seeds
+    assert [params.prompt_logprobs for _, _, params in engine.seen] == [0, 0, None, None, None, None]
+
+
+async def test_without_a_seed_the_engine_draws_one_for_each_choice(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    await client.post(URL, json={"prompt": "hi", "n": 4})
+    assert [params.seed for _, _, params in engine.seen] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"best_of": 2}, "best_of"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"n": 128, "prompt": ["hi"] * 9}, "n"),
+        ({"echo": True, "prompt": [999]}, "prompt"),
+    ],
+)
+async def test_more_choices_than_are_told_or_than_one_request_may_have_are_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], param: str
+) -> None:
+    response = await client.post(URL, json={"prompt": "hi", **body})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert engine.seen == []
+
+
 @pytest.mark.parametrize(
     ("prompt", "param"),
     [

@@ -71,9 +71,11 @@ async def test_what_chat_does_not_honour_is_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2),
+        ("n", 0),
+        ("n", 129),
         ("best_of", 2),
-        ("echo", True),
+        ("echo", "yes"),
+        ("max_tokens", -1),
         ("suffix", "end"),
         ("prompt_logprobs", 1),
         ("add_special_tokens", False),
