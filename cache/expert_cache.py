@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
+from cache.expert_counts import ExpertCounts
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError, ExpertStore
+from cache.expert_table import ExpertTable
 from cache.host_tier import HostTier
 from cache.lease import Entry, Lease, Phase
 from cache.policies import POLICIES
@@ -64,6 +66,7 @@ class ExpertCache:
         self._changed = arrival or threading.Condition()
         self._counters: dict[Phase, PhaseCounters] = {"prefill": PhaseCounters(), "decode": PhaseCounters()}
         self._prefetch_counters: dict[int, PrefetchCounters] = {}  # by layers ahead
+        self._counts = ExpertCounts(store.header.keys, clock)
         self._num_evictions = self._num_waves = 0
         self._is_closing = False
 
@@ -97,16 +100,19 @@ class ExpertCache:
                 entry = self._entries.get(key)
                 if entry is None:
                     missing.append(key)
+                    self._counts.missed(key)
                     continue
                 if entry.distance is not None:
                     self._asked_for(entry)
                 self._policy.touch(key)
                 if entry.ready:
+                    entry.hits += 1
                     entry.pins += 1
                     lease._held.append(entry)
                     lease._found.append((key, entry.slot))
                 else:
                     counters.joined += 1
+                    self._counts.missed(key)
                     self._join(lease, entry)
             counters.hits += len(lease._found)
             if missing:
@@ -262,6 +268,7 @@ class ExpertCache:
 
     def _forget(self, entry: Entry) -> None:
         self._policy.remove(entry.key)
+        self._counts.left(entry)
         del self._entries[entry.key]
         self._ahead.pop(entry.key, None)
 
@@ -328,6 +335,7 @@ class ExpertCache:
     def stats(self) -> CacheStats:
         """A snapshot of the counters and gauges."""
         with self._changed:
+            self._counts.age(self._entries.values())
             return CacheStats(
                 prefill=self._counters["prefill"].snapshot(),
                 decode=self._counters["decode"].snapshot(),
@@ -355,6 +363,12 @@ class ExpertCache:
         """The experts that are ready in the top tier now."""
         with self._changed:
             return frozenset(key for key, entry in self._entries.items() if entry.ready)
+
+    def table(self) -> ExpertTable:
+        """Of each expert how often it was asked for, and where it is. Takes a millisecond for 10,000 experts."""
+        below = self._host.keys() if self._host is not None else ()
+        with self._changed:
+            return self._counts.table(self._entries.values(), below)
 
     def check_integrity(self, *, idle: bool = True) -> None:
         """Raise `AssertionError` if an invariant is broken; `idle`: no lease and no transfer is under way."""

@@ -40,6 +40,11 @@ class HostTier:
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._slots
 
+    def keys(self) -> list[ExpertKey]:
+        """The experts that are here now."""
+        with self._lock:
+            return list(self._slots)
+
     def position(self, key: ExpertKey) -> int:
         return self._store.position(key)
 

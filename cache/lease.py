@@ -19,7 +19,7 @@ Phase = Literal["prefill", "decode"]
 class Entry:
     """One expert that has a slot: still loading, ready, or failed (then it has left the table)."""
 
-    __slots__ = ("distance", "error", "is_joined", "key", "pins", "ready", "slot", "ticket")
+    __slots__ = ("distance", "error", "hits", "is_joined", "key", "pins", "ready", "slot", "ticket")
 
     def __init__(self, key: ExpertKey, slot: int, distance: int | None = None) -> None:
         self.key = key
@@ -27,6 +27,7 @@ class Entry:
         self.distance = distance  # layers ahead that it was prefetched, until it is asked for
         self.ticket: Ticket | None = None
         self.pins = 0
+        self.hits = 0  # times that it was asked for while ready
         self.ready = False
         self.is_joined = False  # somebody asked for it after its read had begun
         self.error: ExpertReadError | None = None

@@ -16,18 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from cache.expert_table import ExpertTable
 from engine.admission import check_request
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
+from engine.expert_questions import ExpertQuestions
 from engine.live_checks import LiveChecks, check_engine
 from engine.live_trace import LiveTrace
 from engine.messages import (
     MAX_TRACE_TOKENS,
     AbortRequest,
     AddRequest,
+    AskExperts,
     CheckIntegrity,
     EngineState,
     EngineStats,
+    ExpertsTold,
     ModelInfo,
     RequestOutput,
     StartTrace,
@@ -48,7 +52,7 @@ _log = logging.getLogger(__name__)
 _STATS_INTERVAL_S = 0.05
 _LONG_TEXT = 4096  # characters; longer texts are tokenised off the event loop
 
-_Message = AddRequest | AbortRequest | StartTrace | StopTrace | CheckIntegrity
+_Message = AddRequest | AbortRequest | StartTrace | StopTrace | CheckIntegrity | AskExperts
 
 
 class AsyncEngine:
@@ -74,6 +78,7 @@ class AsyncEngine:
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
         self._trace = LiveTrace(self._inbox.put)
         self._checks = LiveChecks(self._inbox.put)
+        self._questions = ExpertQuestions(self._inbox.put)
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
         self._stats = EngineStats(state="stopped")
@@ -184,6 +189,12 @@ class AsyncEngine:
         """End what `record_trace` records, which then returns it; False: nothing is being recorded."""
         return self._trace.end()
 
+    async def expert_table(self) -> ExpertTable | None:
+        """What is known of each expert between two steps; None for a model without. Raises `EngineDead`."""
+        if self._state != "draining":
+            self._require_ready()
+        return await self._questions.ask()
+
     def stats(self) -> EngineStats:
         """The latest snapshot; at most a step old while the engine is busy."""
         age = 0.0 if self._last_step_at is None else time.monotonic() - self._last_step_at
@@ -222,6 +233,7 @@ class AsyncEngine:
             stream.put_nowait(_failed(request_id, error))
         self._trace.fail(error)
         self._checks.fail(error)
+        self._questions.fail(error)
 
     def _run(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[None]) -> None:
         """The engine's thread."""
@@ -266,6 +278,9 @@ class AsyncEngine:
                     engine.add_request(message.request_id, message.prompt_token_ids, message.params)
                 elif isinstance(message, AbortRequest):
                     engine.abort_request(message.request_id)
+                elif isinstance(message, AskExperts):
+                    told = ExpertsTold(message.ask_id, engine.expert_table())
+                    loop.call_soon_threadsafe(self._questions.deliver, told)
                 elif isinstance(message, StartTrace):
                     end = partial(self._inbox.put, StopTrace(message.trace_id))
                     engine.recordings.start(message, engine.scheduler.requests, when_full=end)

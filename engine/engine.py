@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cache.expert_cache import ExpertCache
+from cache.expert_table import ExpertTable
 from cache.stats import CacheStats
 from engine.admission import check_request
 from engine.block_manager import BlockManager
@@ -106,7 +107,9 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._num_requests = 0
         self._seeds = secrets.SystemRandom() if config.seed is None else _SeedSequence(config.seed)
-        self._counts = dict.fromkeys(("prompt_tokens_total", "output_tokens_total", "steps_total"), 0)
+        self._counts = dict.fromkeys(
+            ("prompt_tokens_total", "computed_prompt_tokens_total", "output_tokens_total", "steps_total"), 0
+        )
         self._step_s = 0.0
         self.info = ModelInfo(
             name=config.served_name or config.model.resolve().name,
@@ -204,6 +207,10 @@ class Engine:
             for request, num_tokens in output.num_tokens.items()
             if request.num_computed_tokens + num_tokens == request.num_tokens
         ]
+        self._counts["computed_prompt_tokens_total"] += sum(
+            max(0, min(num_tokens, request.num_prompt_tokens - request.num_computed_tokens))
+            for request, num_tokens in output.num_tokens.items()
+        )
         self.scheduler.update(output)
         sampled = self._sampler.sample(logits, sampled_requests)
         results = [self._append(request, token) for request, token in zip(sampled_requests, sampled, strict=True)]
@@ -241,6 +248,7 @@ class Engine:
             kv_blocks=self._blocks.num_blocks,
             kv_blocks_used=self._blocks.num_used,
             prompt_tokens_total=self._counts["prompt_tokens_total"],
+            computed_prompt_tokens_total=self._counts["computed_prompt_tokens_total"],
             output_tokens_total=self._counts["output_tokens_total"],
             prefix_queries_total=self.scheduler.num_prefix_queries,
             prefix_hits_total=self.scheduler.num_prefix_hits,
@@ -250,6 +258,10 @@ class Engine:
             step_seconds_total=self._step_s,
             expert_cache=self._experts.cache.stats() if self._experts is not None else CacheStats(),
         )
+
+    def expert_table(self) -> ExpertTable | None:
+        """Of each expert how often it was asked for, and where it is; None for a model without."""
+        return None if self._experts is None else self._experts.cache.table()
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` if requests, blocks or expert slots do not add up. Between steps only."""

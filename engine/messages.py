@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from cache.expert_table import ExpertTable
 from cache.stats import CacheStats
 from engine.sampling_params import SamplingParams
 
@@ -67,6 +68,19 @@ class IntegrityChecked(msgspec.Struct, frozen=True, tag=True):
     error: str | None = None
 
 
+class AskExperts(msgspec.Struct, frozen=True, tag=True):
+    """Server to engine: what is known of each expert?"""
+
+    ask_id: int
+
+
+class ExpertsTold(msgspec.Struct, frozen=True, tag=True):
+    """Engine to server: that is; None where the model has no experts."""
+
+    ask_id: int
+    table: ExpertTable | None
+
+
 class TokenLogprob(msgspec.Struct, frozen=True):
     """One token with its natural-log probability; `token` is the token's own bytes (possibly half a character)."""
 
@@ -126,6 +140,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks: int = 0
     kv_blocks_used: int = 0  # held by requests; blocks kept only for prefix reuse count as free
     prompt_tokens_total: int = 0
+    computed_prompt_tokens_total: int = 0  # by steps; those found in the prefix cache are not among them
     output_tokens_total: int = 0
     prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits_total: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
+from cache.expert_table import ExpertTable
 from engine.messages import EngineStats, ModelInfo, RequestOutput, TraceRecorded
 from engine.sampling_params import SamplingParams
 
@@ -30,6 +31,8 @@ class Engine(Protocol):
     def end_trace(self) -> bool: ...
 
     async def integrity_error(self) -> str | None: ...
+
+    async def expert_table(self) -> ExpertTable | None: ...
 
     def stats(self) -> EngineStats: ...
 

@@ -35,6 +35,7 @@ SERVER_MAY_SEE = {
     "engine.simulate",
     "engine.synthetic",
     "engine.threads",
+    "cache.expert_table",
     "cache.measure",
     "cache.packed_file",
     "cache.replay",

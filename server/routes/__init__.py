@@ -10,6 +10,7 @@ from server.context import AppContext
 from server.routes.admin import admin_router
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
+from server.routes.experts import experts_router
 from server.routes.health import health_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
@@ -20,6 +21,7 @@ ROUTERS: dict[str, Callable[[AppContext], APIRouter]] = {
     "completions": completions_router,
     "models": models_router,
     "tokenize": tokenize_router,
+    "experts": experts_router,
     "health": health_router,
     "metrics": metrics_router,
     "admin": admin_router,

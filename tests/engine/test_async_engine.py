@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
+from cache.expert_table import ExpertTable
 from engine.async_engine import AsyncEngine
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.engine import Engine
@@ -15,8 +17,10 @@ from engine.errors import CheckpointError, EngineDead, EngineOverloaded, Invalid
 from engine.messages import (
     AbortRequest,
     AddRequest,
+    AskExperts,
     CheckIntegrity,
     EngineStats,
+    ExpertsTold,
     IntegrityChecked,
     ModelInfo,
     RequestOutput,
@@ -164,6 +168,39 @@ async def test_what_cannot_be_served_is_refused_at_the_door(engine: AsyncEngine,
     assert engine.stats().prompt_tokens_total == 0
 
 
+async def test_what_is_known_of_each_expert_is_told_while_requests_run(engine: AsyncEngine):
+    running = asyncio.ensure_future(collect(engine, "a", random_prompt(20), greedy(40)))
+    first, same = await asyncio.gather(engine.expert_table(), engine.expert_table())
+    await running
+    after = await engine.expert_table()
+    assert first is same  # asked for once
+    assert after is not None
+    queries = np.frombuffer(after.queries, "<u8")
+    stats = engine.stats().expert_cache
+    assert queries.sum() == stats.decode.queries + stats.prefill.queries > 0
+    assert (after.layers, after.num_experts) == ([0, 1], 8)
+    assert after.residency.count(2) == stats.num_slots_used
+    assert np.frombuffer(after.recent, "<f4").sum() == pytest.approx(queries.sum(), rel=0.5)
+
+
+async def test_who_asks_an_engine_that_fails_is_told_so(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch):
+    def boom(self: Engine) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(Engine, "expert_table", boom)
+    with pytest.raises(EngineDead, match="the engine failed"):
+        await asyncio.wait_for(engine.expert_table(), 10)
+    with pytest.raises(EngineDead, match="boom"):
+        await engine.expert_table()
+
+
+async def test_who_stops_asking_takes_the_answer_from_nobody(engine: AsyncEngine):
+    leaving, staying = (asyncio.ensure_future(engine.expert_table()) for _ in range(2))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    assert await asyncio.wait_for(staying, 10) is not None
+
+
 async def test_when_the_engine_fails_every_request_ends_with_an_error_and_no_more_are_taken(engine, monkeypatch):
     real_step, steps = Engine.step, []
 
@@ -255,6 +292,20 @@ def test_messages_survive_the_wire():
         StartTrace("t", 5, "chat"),
         StopTrace("t", discard=True),
         TraceRecorded(trace_id="t", npz=bytes(range(256)), num_tokens=1, num_requests=1, is_full=True),
+        AskExperts(3),
+        ExpertsTold(
+            3,
+            ExpertTable(
+                layers=[1],
+                num_experts=1,
+                half_life_s=1.0,
+                queries=bytes(8),
+                hits=bytes(8),
+                recent=bytes(4),
+                residency=b"\x02",
+            ),
+        ),
+        ExpertsTold(4, None),
         ModelInfo(
             name="m",
             model_type="olmoe",

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cache.expert_table import ExpertTable
 from engine.admission import check_request
 from engine.errors import InvalidRequest, RecordingInProgress
 from engine.messages import (
@@ -78,6 +79,7 @@ class FakeEngine:
         self.recordings: list[tuple[float, int, str]] = []  # asked for: seconds, tokens, domain
         self.integrity: str | None = None  # what does not add up
         self.trace_ends: asyncio.Event | None = None  # of what is being recorded
+        self.table: ExpertTable | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -182,6 +184,9 @@ class FakeEngine:
 
     async def integrity_error(self) -> str | None:
         return self.integrity
+
+    async def expert_table(self) -> ExpertTable | None:
+        return self.table
 
     def stats(self) -> EngineStats:
         values = {name: getattr(self.stats_to_tell, name) for name in self.stats_to_tell.__struct_fields__}
