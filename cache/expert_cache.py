@@ -115,6 +115,7 @@ class ExpertCache:
                     self._counts.missed(key)
                     self._join(lease, entry)
             counters.hits += len(lease._found)
+            self._pool.handed_out(slot for _, slot in lease._found)
             if missing:
                 lease._waiting = missing
                 self._load_waiting(lease)
@@ -312,19 +313,22 @@ class ExpertCache:
                 self._changed.wait()
             if stalled_from is not None:
                 self._counters[lease._phase].stall_s += self._clock() - stalled_from
+            self._pool.handed_out(entry.slot for entry in ready)
         return [(entry.key, entry.slot) for entry in ready]
 
     def _unpin_computed(self, lease: Lease) -> None:
         awaited = {id(entry) for entry in lease._awaited}
-        for entry in lease._held:
-            if id(entry) not in awaited:
-                entry.pins -= 1
-        if len(lease._held) != len(lease._awaited):
+        computed = [entry for entry in lease._held if id(entry) not in awaited]
+        for entry in computed:
+            entry.pins -= 1
+        if computed:
+            self._pool.handed_back(entry.slot for entry in computed)
             lease._held = list(lease._awaited)
             self._changed.notify_all()
 
     def _release(self, lease: Lease) -> None:
         with self._changed:
+            self._pool.handed_back(entry.slot for entry in lease._held)
             for entry in lease._held:
                 entry.pins -= 1
             lease._held.clear()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterable
+from typing import Any
 
 
 class SlotPool:
@@ -34,9 +36,15 @@ class SlotPool:
         """Return a slot."""
         self._free.append(slot)
 
-    def buffer(self, slot: int) -> memoryview:
-        """The bytes of a slot, writable, 4 KiB-aligned."""
+    def buffer(self, slot: int) -> Any:
+        """Where a record is to be written: here the bytes of the slot, a writable memoryview, 4 KiB-aligned."""
         return self._view[slot * self.slot_nbytes : (slot + 1) * self.slot_nbytes]
+
+    def handed_out(self, slots: Iterable[int]) -> None:
+        """The thread that computes is going to use them."""
+
+    def handed_back(self, slots: Iterable[int]) -> None:
+        """It has no more to do with them; on a device that computes by itself, once that is done."""
 
     def free_slots(self) -> set[int]:
         """The free slots, for integrity checks."""

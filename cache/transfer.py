@@ -14,7 +14,7 @@ from typing import Protocol
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from cache.link_speed import WEIGHT
-from cache.transfer_queue import OnDone, Ticket, TransferQueue
+from cache.transfer_queue import Buffer, OnDone, Ticket, TransferQueue
 
 
 class Source(Protocol):
@@ -27,11 +27,11 @@ class Source(Protocol):
         """Where a record lies; neighbours differ by one."""
         ...
 
-    def read_run(self, keys: Sequence[ExpertKey], buffers: Sequence[memoryview]) -> list[ExpertReadError | None]:
+    def read_run(self, keys: Sequence[ExpertKey], buffers: Sequence[Buffer]) -> list[ExpertReadError | None]:
         """Fill the buffers with verified records of neighbours, ascending, in one read; -> what is wrong with each."""
         ...
 
-    def demote(self, key: ExpertKey, record: memoryview) -> None:
+    def demote(self, key: ExpertKey, record: Buffer) -> None:
         """A verified record leaves the tier above; it is about to be overwritten there."""
         ...
 
@@ -58,7 +58,7 @@ class Transfer(Protocol):
     def submit(
         self,
         key: ExpertKey,
-        buffer: memoryview,
+        buffer: Buffer,
         on_done: OnDone,
         *,
         benefit: float | None = None,
@@ -118,7 +118,7 @@ class TransferEngine:
     def submit(
         self,
         key: ExpertKey,
-        buffer: memoryview,
+        buffer: Buffer,
         on_done: OnDone,
         *,
         benefit: float | None = None,

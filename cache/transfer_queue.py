@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from cache.link_speed import DepthTrials, Rate
 
+Buffer = Any  # what the source fills: a memoryview, or a slot of a device
 OnDone = Callable[[ExpertReadError | None], None]
 
 _AHEAD_NBYTES = 2 * 1024**2  # of uncertain prefetches that are being read at most, or one record
@@ -28,7 +30,7 @@ class Ticket:
         self,
         key: ExpertKey,
         position: int,
-        buffer: memoryview,
+        buffer: Buffer,
         on_done: OnDone,
         benefit: float,
         evicted: ExpertKey | None,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from cache.expert_key import ExpertKey
 from cache.link_speed import WEIGHT
-from cache.transfer_queue import OnDone, Ticket, TransferQueue
+from cache.transfer_queue import Buffer, OnDone, Ticket, TransferQueue
 from engine.calibration import Calibration
 
 _NOTHING = memoryview(b"")
@@ -114,7 +114,7 @@ class SimulatedTransfer:
     def submit(
         self,
         key: ExpertKey,
-        buffer: memoryview,
+        buffer: Buffer,
         on_done: OnDone,
         *,
         benefit: float | None = None,
