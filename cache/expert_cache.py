@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
+from cache.cache_books import CacheBooks
 from cache.expert_counts import ExpertCounts
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError, ExpertStore
 from cache.expert_table import ExpertTable
 from cache.host_tier import HostTier
 from cache.lease import Entry, Lease, Phase
+from cache.oracle import OracleSampler
 from cache.policies import POLICIES
 from cache.policies.policy import Policy
 from cache.slot_pool import SlotPool
-from cache.stats import CacheStats, PhaseCounters, PrefetchCounters
+from cache.stats import CacheStats, EvictionReason
 from cache.transfer import Transfer, TransferEngine
 
 
@@ -64,10 +66,9 @@ class ExpertCache:
         self._ahead: dict[ExpertKey, Entry] = {}  # prefetched and not asked for yet
         # guards all of it; notified when an expert arrives or is unpinned
         self._changed = arrival or threading.Condition()
-        self._counters: dict[Phase, PhaseCounters] = {"prefill": PhaseCounters(), "decode": PhaseCounters()}
-        self._prefetch_counters: dict[int, PrefetchCounters] = {}  # by layers ahead
         self._counts = ExpertCounts(store.header.keys, clock)
-        self._num_evictions = self._num_waves = 0
+        self._books = CacheBooks(store.record_nbytes)
+        self._oracle = OracleSampler(pool.num_slots, self._entries, clock) if not self.holds_all else None
         self._is_closing = False
 
     @property
@@ -87,14 +88,18 @@ class ExpertCache:
     @property
     def stall_s(self) -> float:
         """Time in which compute waited for experts, in all."""
-        return sum(counters.stall_s for counters in self._counters.values())
+        return self._books.stall_s
 
     def acquire(self, keys: Sequence[ExpertKey], phase: Phase = "decode") -> Lease:
         """Lease distinct experts for one layer call; returns at once, with the misses on their way."""
         lease = Lease(self, (), phase)
-        counters = self._counters[phase]
+        counters = self._books.phases[phase]
+        now = self._clock()
         with self._changed:
             counters.queries += len(keys)
+            self._books.unique_experts.add(len(keys))
+            if self._books.lifetimes.is_due():
+                self._books.lifetimes.used(self._entries, keys, now)
             missing = []
             for key in keys:  # pin what is here first, so that no miss evicts it
                 entry = self._entries.get(key)
@@ -104,6 +109,7 @@ class ExpertCache:
                     continue
                 if entry.distance is not None:
                     self._asked_for(entry)
+                entry.used_at = now
                 self._policy.touch(key)
                 if entry.ready:
                     entry.hits += 1
@@ -116,10 +122,12 @@ class ExpertCache:
                     self._join(lease, entry)
             counters.hits += len(lease._found)
             self._pool.handed_out(slot for _, slot in lease._found)
+            if self._oracle is not None:
+                self._oracle.saw(keys, len(lease._found))
             if missing:
                 lease._waiting = missing
                 self._load_waiting(lease)
-                self._num_waves += bool(lease._waiting)
+                self._books.num_waves += bool(lease._waiting)
         return lease
 
     def observe(
@@ -144,14 +152,14 @@ class ExpertCache:
         num_issued = 0
         stays = {key for key, _ in wanted}.union(keep)
         with self._changed:
-            counters = self._prefetch_counters.setdefault(distance, PrefetchCounters())
+            counters = self._books.prefetched(distance)
             for key, benefit in wanted:
                 if key in self._entries:
                     continue
-                taken = self._take_slot(lambda other: self._evictable(other) and other not in stays)
+                taken = self._take_slot(lambda other: self._evictable(other) and other not in stays, "prefetch")
                 if taken is None:
                     break
-                entry = self._ahead[key] = self._load(key, taken, benefit, distance)
+                entry = self._ahead[key] = self._load(key, taken, benefit=benefit, distance=distance)
                 assert entry.ticket is not None
                 counters.issued += 1
                 num_issued += 1
@@ -166,9 +174,12 @@ class ExpertCache:
     def foretold(self, distance: int, num_predicted: int, num_routed: int) -> None:
         """Count how many of a layer's routed experts had been predicted that many layers ahead."""
         with self._changed:
-            counters = self._prefetch_counters.setdefault(distance, PrefetchCounters())
-            counters.predicted += num_predicted
-            counters.routed += num_routed
+            self._books.prefetched(distance).foretold(num_predicted, num_routed)
+
+    def step_ended(self, seconds: float) -> None:
+        """A step of the engine took so long: a small share of that is spent on what an oracle would have kept."""
+        if self._oracle is not None:
+            self._oracle.step_ended(seconds)
 
     def missing(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Those that are neither here nor on their way."""
@@ -177,11 +188,8 @@ class ExpertCache:
 
     def _asked_for(self, entry: Entry) -> None:
         assert entry.distance is not None
-        counters = self._prefetch_counters[entry.distance]
-        if entry.ready:
-            counters.useful += 1
-        else:
-            counters.late += 1
+        self._books.got_prefetched(entry.distance, is_late=not entry.ready)
+        if not entry.ready:
             assert entry.ticket is not None
             self._transfer.promote(entry.ticket)
         entry.distance = None
@@ -192,7 +200,7 @@ class ExpertCache:
         assert entry.ticket is not None
         if not self._transfer.cancel(entry.ticket):
             return False
-        self._prefetch_counters[entry.distance].cancelled += 1
+        self._books.prefetched(entry.distance).cancelled += 1
         self._forget(entry)
         self._pool.give(entry.slot)
         return True
@@ -213,11 +221,11 @@ class ExpertCache:
         for i, key in enumerate(lease._waiting):
             entry = self._entries.get(key)  # another lease may have asked for it since
             if entry is None:
-                taken = self._take_slot(self._evictable) or self._slot_of_a_prefetch()
+                taken = self._take_slot(self._evictable, "demand") or self._slot_of_a_prefetch()
                 if taken is None:
                     del lease._waiting[:i]
                     return
-                entry = self._load(key, taken)
+                entry = self._load(key, taken, phase=lease._phase)
             else:
                 if entry.distance is not None:
                     self._asked_for(entry)
@@ -231,11 +239,13 @@ class ExpertCache:
         self,
         key: ExpertKey,
         taken: tuple[int, ExpertKey | None],
+        *,
+        phase: Phase | None = None,
         benefit: float | None = None,
         distance: int | None = None,
     ) -> Entry:
         slot, evicted = taken
-        entry = self._entries[key] = Entry(key, slot, distance)
+        entry = self._entries[key] = Entry(key, slot, distance, phase, self._clock())
         self._policy.insert(key)
         buffer = self._pool.buffer(slot)
         entry.ticket = self._transfer.submit(
@@ -243,7 +253,9 @@ class ExpertCache:
         )
         return entry
 
-    def _take_slot(self, evictable: Callable[[ExpertKey], bool]) -> tuple[int, ExpertKey | None] | None:
+    def _take_slot(
+        self, evictable: Callable[[ExpertKey], bool], reason: EvictionReason
+    ) -> tuple[int, ExpertKey | None] | None:
         """A slot, and whose record it still holds."""
         slot = self._pool.take()
         if slot is not None:
@@ -252,10 +264,8 @@ class ExpertCache:
         if key is None:
             return None
         entry = self._entries[key]
-        if entry.distance is not None:
-            self._prefetch_counters[entry.distance].wasted += 1
+        self._books.evicted(entry, reason, self._clock())
         self._forget(entry)
-        self._num_evictions += 1
         return entry.slot, key
 
     def _slot_of_a_prefetch(self) -> tuple[int, ExpertKey | None] | None:
@@ -281,6 +291,7 @@ class ExpertCache:
         with self._changed:
             if error is None:
                 entry.ready = True
+                self._books.arrived(entry, self._clock())
             elif entry.is_joined and entry.pins and not self._is_closing:  # no lease fails by what was read before it
                 entry.is_joined = False
                 entry.ticket = self._transfer.submit(
@@ -289,7 +300,7 @@ class ExpertCache:
             else:
                 entry.error = error
                 if entry.distance is not None:
-                    self._prefetch_counters[entry.distance].wasted += 1
+                    self._books.prefetched(entry.distance).wasted += 1
                 self._forget(entry)
                 self._pool.give(entry.slot)
             self._changed.notify_all()
@@ -312,7 +323,7 @@ class ExpertCache:
                     stalled_from = self._clock()
                 self._changed.wait()
             if stalled_from is not None:
-                self._counters[lease._phase].stall_s += self._clock() - stalled_from
+                self._books.phases[lease._phase].stall_s += self._clock() - stalled_from
             self._pool.handed_out(entry.slot for entry in ready)
         return [(entry.key, entry.slot) for entry in ready]
 
@@ -340,28 +351,7 @@ class ExpertCache:
         """A snapshot of the counters and gauges."""
         with self._changed:
             self._counts.age(self._entries.values())
-            return CacheStats(
-                prefill=self._counters["prefill"].snapshot(),
-                decode=self._counters["decode"].snapshot(),
-                fetches=self._transfer.num_reads,
-                fetched_nbytes=self._transfer.num_reads * self._store.record_nbytes,
-                fetched_ahead_nbytes=self._transfer.num_ahead * self._store.record_nbytes,
-                read_s=self._transfer.read_s,
-                read_retries=self._transfer.num_retries,
-                read_errors=self._transfer.num_errors,
-                evictions=self._num_evictions,
-                prefetch={distance: c.snapshot() for distance, c in sorted(self._prefetch_counters.items())},
-                bandwidth=self._transfer.bandwidth or 0.0,
-                latency_s=self._transfer.latency_s,
-                depth=self._transfer.depth,
-                host_hits=self._host.num_hits if self._host is not None else 0,
-                host_slots=self._host.num_slots if self._host is not None else 0,
-                host_slots_used=self._host.num_used if self._host is not None else 0,
-                waves=self._num_waves,
-                num_slots=self._pool.num_slots,
-                num_slots_used=self._pool.num_slots - self._pool.num_free,
-                slot_nbytes=self._pool.slot_nbytes,
-            )
+            return self._books.snapshot(self._pool, self._transfer, self._host, self._oracle)
 
     def resident(self) -> frozenset[ExpertKey]:
         """The experts that are ready in the top tier now."""

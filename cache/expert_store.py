@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cache.expert_key import ExpertKey
 from cache.packed_file import ALIGNMENT, PackedFileError, PackedHeader, checksum, read_packed_header
+from cache.stats import Link
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ class ExpertStore:
     def position(self, key: ExpertKey) -> int:
         """Where the record lies: records of neighbouring positions are neighbours in the file."""
         return self._index[key]
+
+    def link(self, key: ExpertKey) -> Link:
+        """Where from every record is read."""
+        return "disk"
 
     def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
         """Fill buffer [record_nbytes], 4 KiB-aligned, with the expert's record and verify its checksum.

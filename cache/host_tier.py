@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError, ExpertStore
 from cache.slot_pool import SlotPool
+from cache.stats import Link
 
 _SPARE = 16  # slots beyond the budget's for what comes down before what it makes room for has gone up
 
@@ -47,6 +48,10 @@ class HostTier:
 
     def position(self, key: ExpertKey) -> int:
         return self._store.position(key)
+
+    def link(self, key: ExpertKey) -> Link:
+        """Where from it would be read now."""
+        return "host" if key in self else "disk"
 
     def read_run(self, keys: Sequence[ExpertKey], buffers: Sequence[memoryview]) -> list[ExpertReadError | None]:
         """As `ExpertStore.read_run`; what lies here was verified when it came, and is not read again."""

@@ -19,12 +19,22 @@ Phase = Literal["prefill", "decode"]
 class Entry:
     """One expert that has a slot: still loading, ready, or failed (then it has left the table)."""
 
-    __slots__ = ("distance", "error", "hits", "is_joined", "key", "pins", "ready", "slot", "ticket")
+    __slots__ = (
+        *("arrived_at", "distance", "error", "is_joined", "key", "phase", "pins", "ready", "slot", "ticket"),
+        "hits",
+        "used_at",
+    )
 
-    def __init__(self, key: ExpertKey, slot: int, distance: int | None = None) -> None:
+    def __init__(
+        self, key: ExpertKey, slot: int, distance: int | None = None, phase: Phase | None = None, now: float = 0.0
+    ) -> None:
+        """`phase`: of the lease that it is fetched for now; None: nobody waits for it yet."""
         self.key = key
         self.slot = slot
         self.distance = distance  # layers ahead that it was prefetched, until it is asked for
+        self.phase = phase
+        self.arrived_at = now
+        self.used_at = None if phase is None else now  # None: never yet
         self.ticket: Ticket | None = None
         self.pins = 0
         self.hits = 0  # times that it was asked for while ready

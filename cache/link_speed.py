@@ -38,6 +38,25 @@ class Rate:
             self._nbytes, self._busy_s = 0, 0.0
 
 
+class BusyRate:
+    """As `Rate`, of reads that are told of when they have ended, in that order: several links share the threads."""
+
+    def __init__(self) -> None:
+        self.average: float | None = None
+        self._nbytes = 0
+        self._busy_s = 0.0
+        self._until = float("-inf")  # all before is counted
+
+    def add(self, nbytes: int, began: float, ended: float) -> None:
+        self._busy_s += max(0.0, ended - max(began, self._until))
+        self._until = max(self._until, ended)
+        self._nbytes += nbytes
+        if self._nbytes >= _SAMPLE_NBYTES and self._busy_s > 0:
+            rate = self._nbytes / self._busy_s
+            self.average = rate if self.average is None else self.average + WEIGHT * (rate - self.average)
+            self._nbytes, self._busy_s = 0, 0.0
+
+
 class DepthTrials:
     """Tries each depth while there is a queue, then keeps the smallest that is about as fast as the fastest."""
 

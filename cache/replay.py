@@ -111,8 +111,51 @@ def make_policy(name: str, num_slots: int, trace: RoutingTrace, steps: Callable[
     return policy
 
 
+class Books:
+    """Who has a slot, as a policy decides it: those of `ExpertCache`, without bytes and without prefetch."""
+
+    def __init__(self, policy: Policy, num_slots: int, resident: Iterable[ExpertKey] = ()) -> None:
+        """`resident`: who has one from the start."""
+        self._policy = policy
+        self.resident = set(resident)
+        self.num_free = num_slots - len(self.resident)
+
+    def ask(self, wanted: Iterable[ExpertKey]) -> int:
+        """A layer call asks for distinct experts; -> hits."""
+        found: list[ExpertKey] = []
+        missing: list[ExpertKey] = []
+        for key in wanted:
+            (found if key in self.resident else missing).append(key)
+        for key in found:
+            self._policy.touch(key)
+        if missing:
+            self._fetch(missing, set(found))
+        return len(found)
+
+    def _fetch(self, missing: list[ExpertKey], pinned: set[ExpertKey]) -> None:
+        policy, resident = self._policy, self.resident
+
+        def evictable(key: ExpertKey) -> bool:
+            return key not in pinned
+
+        for key in missing:
+            if self.num_free:
+                self.num_free -= 1
+            else:
+                victim = policy.victim(evictable)
+                if victim is None:  # the next wave: what the last one held is computed
+                    pinned.clear()
+                    victim = policy.victim(evictable)
+                    assert victim is not None
+                policy.remove(victim)
+                resident.remove(victim)
+            policy.insert(key)
+            resident.add(key)
+            pinned.add(key)
+
+
 class Replay:
-    """The books of one replay: what is resident, and what `run` counts."""
+    """One replay: its books, and what `run` counts."""
 
     def __init__(
         self, trace: RoutingTrace, policy: Policy, num_slots: int, clock: Callable[[], float] = time.perf_counter
@@ -120,16 +163,16 @@ class Replay:
         self._trace = trace
         self._policy = policy
         self._clock = clock
-        self._num_free = num_slots
-        self.resident: set[ExpertKey] = set()
+        self._books = Books(policy, num_slots)
+        self.resident = self._books.resident
         self._keys = [[ExpertKey(layer, e) for e in range(trace.num_experts)] for layer in trace.layers]
 
     def run(self, name: str, steps: Iterator[Step]) -> ReplayResult:
         queries, hits = [0, 0], [0, 0]  # decode, prefill
         num_steps = num_calls = 0
         decision_s = 0.0
-        clock, resident = self._clock, self.resident
-        observe, touch, ended = self._policy.observe, self._policy.touch, self._policy.ended
+        clock, ask = self._clock, self._books.ask
+        observe, ended = self._policy.observe, self._policy.ended
         for step in steps:
             num_steps += 1
             phase = int(step.is_prefill)
@@ -142,23 +185,16 @@ class Replay:
                 wanted = dict.fromkeys(chosen[0] if len(chosen) == 1 else sorted({e for row in chosen for e in row}))
                 started = clock()
                 observe(layer, step.requests, chosen, step.is_prefill)
-                missing = []
-                for e in wanted:
-                    if (key := keys[e]) in resident:
-                        touch(key)
-                    else:
-                        missing.append(key)
-                if missing:
-                    self._fetch(missing, {keys[e] for e in wanted if keys[e] in resident})
+                num_hits = ask([keys[e] for e in wanted])
                 decision_s += clock() - started
                 queries[phase] += len(wanted)
-                hits[phase] += len(wanted) - len(missing)
+                hits[phase] += num_hits
                 num_calls += 1
             for request in step.ended:
                 ended(request)
         return ReplayResult(
             policy=name,
-            num_slots=self._num_free + len(resident),
+            num_slots=self._books.num_free + len(self._books.resident),
             prefill=PhaseStats(queries=queries[1], hits=hits[1]),
             decode=PhaseStats(queries=queries[0], hits=hits[0]),
             num_fetches=sum(queries) - sum(hits),
@@ -166,27 +202,6 @@ class Replay:
             num_calls=num_calls,
             decision_s=decision_s,
         )
-
-    def _fetch(self, missing: list[ExpertKey], pinned: set[ExpertKey]) -> None:
-        policy, resident = self._policy, self.resident
-
-        def evictable(key: ExpertKey) -> bool:
-            return key not in pinned
-
-        for key in missing:
-            if self._num_free:
-                self._num_free -= 1
-            else:
-                victim = policy.victim(evictable)
-                if victim is None:  # the next wave: what the last one held is computed
-                    pinned.clear()
-                    victim = policy.victim(evictable)
-                    assert victim is not None
-                policy.remove(victim)
-                resident.remove(victim)
-            policy.insert(key)
-            resident.add(key)
-            pinned.add(key)
 
 
 def _uses(trace: RoutingTrace, steps: Iterable[Step]) -> dict[ExpertKey, list[int]]:

@@ -14,6 +14,7 @@ from typing import Protocol
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from cache.link_speed import WEIGHT
+from cache.stats import Link, LinkCounters, LinkStats
 from cache.transfer_queue import Buffer, OnDone, Ticket, TransferQueue
 
 
@@ -25,6 +26,10 @@ class Source(Protocol):
 
     def position(self, key: ExpertKey) -> int:
         """Where a record lies; neighbours differ by one."""
+        ...
+
+    def link(self, key: ExpertKey) -> Link:
+        """Where from it would be read now."""
         ...
 
     def read_run(self, keys: Sequence[ExpertKey], buffers: Sequence[Buffer]) -> list[ExpertReadError | None]:
@@ -54,6 +59,8 @@ class Transfer(Protocol):
 
     @property
     def in_flight_nbytes(self) -> int: ...
+
+    def link_stats(self) -> dict[Link, LinkStats]: ...
 
     def submit(
         self,
@@ -94,6 +101,7 @@ class TransferEngine:
         self.num_reads = self.num_retries = self.num_errors = self.num_cancelled = 0
         self.read_s = 0.0  # summed over threads
         self.latency_s = 0.0  # of one read, averaged
+        self._links: dict[Link, LinkCounters] = {}
         self._threads = [
             threading.Thread(target=self._run, name=f"expert-io-{i}", daemon=True) for i in range(max_depth)
         ]
@@ -114,6 +122,11 @@ class TransferEngine:
     def in_flight_nbytes(self) -> int:
         """Queued or being read."""
         return self._queue.queued_nbytes + self._queue.running_nbytes
+
+    def link_stats(self) -> dict[Link, LinkStats]:
+        """Of each link that anything has come over."""
+        with self._lock:
+            return {link: counters.snapshot() for link, counters in self._links.items()}
 
     def submit(
         self,
@@ -168,7 +181,7 @@ class TransferEngine:
             seconds = time.perf_counter() - started
             if self._link_bandwidth is not None:
                 self._cross_link(tickets, self._link_bandwidth)
-            self._finished(tickets, is_demand, seconds, num_retries, sum(error is not None for error in errors))
+            self._finished(tickets, is_demand, started, seconds, num_retries, errors)
             for ticket, error in zip(tickets, errors, strict=True):
                 ticket.on_done(error)
 
@@ -197,6 +210,7 @@ class TransferEngine:
     def _read(self, tickets: list[Ticket]) -> tuple[list[ExpertReadError | None], int]:
         """-> what is wrong with each, after a second try of those with something wrong; how many those were."""
         for ticket in tickets:
+            ticket.link = self._source.link(ticket.key)
             if ticket.evicted is not None:
                 self._source.demote(ticket.evicted, ticket.buffer)
         errors = self._read_once(tickets)
@@ -229,13 +243,31 @@ class TransferEngine:
             self._link.notify_all()
 
     def _finished(
-        self, tickets: list[Ticket], is_demand: bool, seconds: float, num_retries: int, num_errors: int
+        self,
+        tickets: list[Ticket],
+        is_demand: bool,
+        started: float,
+        seconds: float,
+        num_retries: int,
+        errors: list[ExpertReadError | None],
     ) -> None:
+        """`seconds`: of reading alone."""
+        ended = time.perf_counter()
         with self._lock:
+            self._count_links(tickets, started, ended, is_demand=is_demand)
             self._queue.finished(len(tickets), is_demand=is_demand)
             self.num_reads += len(tickets)
             self.num_ahead += 0 if is_demand else len(tickets)
             self.num_retries += num_retries
-            self.num_errors += num_errors
+            self.num_errors += sum(error is not None for error in errors)
             self.read_s += seconds
             self.latency_s += (seconds - self.latency_s) * (WEIGHT if self.latency_s else 1.0)
+
+    def _count_links(self, tickets: list[Ticket], started: float, ended: float, *, is_demand: bool) -> None:
+        """The time of neighbours that lay in two places is the lower one's."""
+        links = [ticket.link for ticket in tickets]
+        for link in dict.fromkeys(links):
+            counters = self._links.setdefault(link, LinkCounters())
+            counters.add_nbytes(links.count(link) * self._source.record_nbytes, is_demand=is_demand)
+            if link == "disk" or "disk" not in links:
+                counters.add_read(links.count(link) * self._source.record_nbytes, started, ended, is_demand=is_demand)

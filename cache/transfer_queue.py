@@ -12,6 +12,7 @@ from typing import Any
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from cache.link_speed import DepthTrials, Rate
+from cache.stats import Link
 
 Buffer = Any  # what the source fills: a memoryview, or a slot of a device
 OnDone = Callable[[ExpertReadError | None], None]
@@ -24,7 +25,7 @@ _TOGETHER_NBYTES = 1024**2  # at most in one read of neighbours: the first of th
 class Ticket:
     """One record on its way."""
 
-    __slots__ = ("benefit", "buffer", "evicted", "is_demand", "is_queued", "key", "on_done", "position")
+    __slots__ = ("benefit", "buffer", "evicted", "is_demand", "is_queued", "key", "link", "on_done", "position")
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Ticket:
         self.evicted = evicted  # whose record the buffer still holds
         self.is_demand = False
         self.is_queued = True  # not begun, not cancelled
+        self.link: Link = "disk"  # that it comes over, known when its read begins
 
 
 class TransferQueue:

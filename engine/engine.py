@@ -38,6 +38,7 @@ from engine.sampler import SampledToken, Sampler
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerOutput
 from engine.schedulers import SCHEDULERS
+from engine.step_parts import StepParts
 from engine.tokenizer import TokenDecoder, Tokenizer
 from kernels.backend import Backend, choose_backend
 
@@ -111,6 +112,7 @@ class Engine:
             ("prompt_tokens_total", "computed_prompt_tokens_total", "output_tokens_total", "steps_total"), 0
         )
         self._step_s = 0.0
+        self._parts = StepParts()
         self.info = ModelInfo(
             name=config.served_name or config.model.resolve().name,
             model_type=checkpoint.model_type,
@@ -144,6 +146,10 @@ class Engine:
             return 0
         layout = self._experts.records.layout
         return len(moe.layers) * moe.num_active * sum(section.nbytes for section in layout.sections)
+
+    @property
+    def _stall_s(self) -> float:
+        return 0.0 if self._experts is None else self._experts.cache.stall_s
 
     @property
     def has_work(self) -> bool:
@@ -194,10 +200,13 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Compute one step and return what is new of each request that got a token or ended."""
+        clock = time.perf_counter
+        scheduled_from = clock()
         output = self.scheduler.schedule()
         if not output.num_tokens:
             return []
-        started = time.perf_counter()
+        started = clock()
+        stalled_before = self._stall_s
         try:
             logits = self._runner.run(output)
         except ExpertFailure as failure:
@@ -207,18 +216,30 @@ class Engine:
             for request, num_tokens in output.num_tokens.items()
             if request.num_computed_tokens + num_tokens == request.num_tokens
         ]
+        computed = clock()
         self._counts["computed_prompt_tokens_total"] += sum(
             max(0, min(num_tokens, request.num_prompt_tokens - request.num_computed_tokens))
             for request, num_tokens in output.num_tokens.items()
         )
         self.scheduler.update(output)
+        sampled_from = clock()
         sampled = self._sampler.sample(logits, sampled_requests)
         results = [self._append(request, token) for request, token in zip(sampled_requests, sampled, strict=True)]
         results += [self._output(request, "", [], None) for request in output.num_tokens if request.new_scores]
         self._counts["steps_total"] += 1
-        seconds = time.perf_counter() - started
-        self._step_s += seconds
-        self.scheduler.took(output, seconds)
+        ended = clock()
+        self._step_s += ended - started
+        self.scheduler.took(output, ended - started)
+        self._parts.add(
+            output.total_num_tokens,
+            self._runner.model.times,
+            model_s=computed - started,
+            stall_s=self._stall_s - stalled_before,
+            sample_s=ended - sampled_from,
+            schedule_s=started - scheduled_from + sampled_from - computed + clock() - ended,
+        )
+        if self._experts is not None:
+            self._experts.cache.step_ended(ended - started)
         return results
 
     def score(self, token_ids: list[int]) -> Tensor:
@@ -256,6 +277,8 @@ class Engine:
             passes_over_total=self.scheduler.num_passed_over,
             steps_total=self._counts["steps_total"],
             step_seconds_total=self._step_s,
+            step_s=self._parts.step_s,
+            batch_tokens=self._parts.batch_tokens,
             expert_cache=self._experts.cache.stats() if self._experts is not None else CacheStats(),
         )
 

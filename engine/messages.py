@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from cache.expert_table import ExpertTable
+from cache.histogram import HistogramStats
 from cache.stats import CacheStats
 from engine.sampling_params import SamplingParams
 
@@ -128,6 +129,14 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     expert_format: str | None  # None: the model has no experts
 
 
+StepPart = Literal["attention", "moe", "stall", "sample", "schedule"]
+
+STEP_S = (
+    *(50e-6, 100e-6, 250e-6, 500e-6, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+BATCH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
 EngineState = Literal["stopped", "loading", "ready", "draining", "dead"]
 
 
@@ -149,5 +158,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     steps_total: int = 0
     step_seconds_total: float = 0.0
     last_step_age_s: float = 0.0
+    step_s: dict[StepPart, HistogramStats] = msgspec.field(default_factory=dict)  # of each step, by STEP_S
+    batch_tokens: HistogramStats = HistogramStats()  # of each step, by BATCH_TOKENS
     expert_cache: CacheStats = CacheStats()
     error: str | None = None  # why it is dead

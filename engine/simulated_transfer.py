@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 from cache.expert_key import ExpertKey
 from cache.link_speed import WEIGHT
+from cache.stats import Link, LinkStats
 from cache.transfer_queue import Buffer, OnDone, Ticket, TransferQueue
 from engine.calibration import Calibration
 
@@ -110,6 +111,10 @@ class SimulatedTransfer:
     @property
     def in_flight_nbytes(self) -> int:
         return self._queue.queued_nbytes + self._queue.running_nbytes
+
+    def link_stats(self) -> dict[Link, LinkStats]:
+        """Of none: what crosses is told by `SimulatedStep`."""
+        return {}
 
     def submit(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -60,8 +61,16 @@ class Pregate:
 
 
 @dataclass(slots=True)
+class ForwardTimes:
+    """Where the seconds of one call went. On a device that computes on its own it is when work was handed over."""
+
+    attention_s: float = 0.0
+    feed_forward_s: float = 0.0  # and all else before the logits
+
+
+@dataclass(slots=True)
 class Decoder:
-    """The whole model; calls are pure but for the KV cache that they write."""
+    """The whole model; calls are pure but for the KV cache that they write and `times`, which are the last one's."""
 
     backend: Backend
     embedding: Tensor  # [V, H]
@@ -71,6 +80,7 @@ class Decoder:
     eps: float
     pregate: Pregate | None = None
     observer: RoutingObserver | None = None
+    times: ForwardTimes = field(default_factory=ForwardTimes)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
@@ -86,15 +96,21 @@ class Decoder:
     @torch.inference_mode()
     def residual(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         """-> float32 [T, H], what the last layer leaves of every token."""
+        clock = time.perf_counter
+        began = clock()
         residual = self.embedding[batch.token_ids].float()
         if self.pregate is not None:
             batch.routings = self.pregate(residual, batch, kv_cache, len(self.layers))
         if self.observer is not None:
             self.observer.step_begins(batch)
+        attention_s = 0.0
         for i, layer in enumerate(self.layers):
             keys, values = kv_cache[i]
+            attends = clock()
             layer.attention(residual, keys, values, batch.sequences)
+            attention_s += clock() - attends
             layer.feed_forward(residual, batch)
         if self.observer is not None:
             self.observer.step_ends()
+        self.times = ForwardTimes(attention_s, clock() - began - attention_s)
         return residual
