@@ -27,7 +27,7 @@ class StepParts:
         sample_s: float,
         schedule_s: float,
     ) -> None:
-        """A step has ended. `model_s`: until its logits, `stall_s` of it waiting for experts; `sample_s`: from there."""
+        """A step has ended. `model_s`: until its logits, `stall_s` of it waiting; `sample_s`: from there."""
         seconds = self._seconds
         seconds["attention"].add(times.attention_s)
         seconds["moe"].add(max(0.0, times.feed_forward_s - stall_s))
