@@ -11,6 +11,7 @@ from cache.device_pool import SlotBuffer
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from cache.pinned_tier import PinnedTier
+from cache.stats import Link
 
 _NUM_STREAMS = 2  # so that a copy whose slot is still read does not hold up the next one
 
@@ -35,6 +36,10 @@ class DeviceSource:
 
     def position(self, key: ExpertKey) -> int:
         return self._tier.position(key)
+
+    def link(self, key: ExpertKey) -> Link:
+        """Where from it would come now; what lies in host memory crosses the bus alone."""
+        return "host" if key in self._tier else "disk"
 
     def read_run(self, keys: Sequence[ExpertKey], buffers: Sequence[SlotBuffer]) -> list[ExpertReadError | None]:
         records = self._tier.fetch(keys)
