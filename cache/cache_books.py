@@ -7,6 +7,7 @@ from cache.host_tier import HostTier
 from cache.lease import Entry, Phase
 from cache.lifetimes import Lifetimes
 from cache.oracle import OracleSampler
+from cache.pinned_tier import PinnedTier
 from cache.slot_pool import SlotPool
 from cache.stats import (
     UNIQUE_EXPERTS,
@@ -70,7 +71,7 @@ class CacheBooks:
         self.lifetimes.evicted(entry, now)
 
     def snapshot(
-        self, pool: SlotPool, transfer: Transfer, host: HostTier | None, oracle: OracleSampler | None
+        self, pool: SlotPool, transfer: Transfer, host: HostTier | PinnedTier | None, oracle: OracleSampler | None
     ) -> CacheStats:
         below = {phase: counters.snapshot() for phase, counters in self._below.items()}
         num_hits = sum(counters.hits for counters in self.phases.values())

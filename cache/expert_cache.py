@@ -15,6 +15,7 @@ from cache.expert_table import ExpertTable
 from cache.host_tier import HostTier
 from cache.lease import Entry, Lease, Phase
 from cache.oracle import OracleSampler
+from cache.pinned_tier import PinnedTier
 from cache.policies import POLICIES
 from cache.policies.policy import Policy
 from cache.slot_pool import SlotPool
@@ -35,7 +36,7 @@ class ExpertCache:
         pool: SlotPool,
         policy: str | Policy = "lru",
         *,
-        host: HostTier | None = None,
+        host: HostTier | PinnedTier | None = None,
         num_io_threads: int = 4,
         link_bandwidth: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -44,7 +45,8 @@ class ExpertCache:
     ) -> None:
         """`host`: a tier over the store that answers first. `link_bandwidth`: see `TransferEngine`.
 
-        `clock`, `transfer` and `arrival`, which is waited on, are passed where time is simulated.
+        `transfer` is passed where slots are on a device; with `clock` and `arrival`, which is waited on, where time
+        is simulated.
         """
         if isinstance(policy, str) and policy not in POLICIES:
             raise ValueError(f"unknown cache policy {policy!r}; known: {', '.join(sorted(POLICIES))}")
@@ -58,9 +60,10 @@ class ExpertCache:
         self._policy: Policy = (
             POLICIES[policy](pool.num_slots, layers, num_experts) if isinstance(policy, str) else policy
         )
-        self._transfer: Transfer = transfer or TransferEngine(
-            host or store, num_io_threads, link_bandwidth=link_bandwidth
-        )
+        if transfer is None:
+            source = host if isinstance(host, HostTier) else store
+            transfer = TransferEngine(source, num_io_threads, link_bandwidth=link_bandwidth)
+        self._transfer: Transfer = transfer
         self._clock = clock
         self._entries: dict[ExpertKey, Entry] = {}
         self._ahead: dict[ExpertKey, Entry] = {}  # prefetched and not asked for yet

@@ -58,6 +58,11 @@ class PinnedTier:
         record = self._records.get(key)
         return record is not None and record.is_ready
 
+    def keys(self) -> list[ExpertKey]:
+        """The experts that are here now."""
+        with self._changed:
+            return [key for key, record in self._records.items() if record.is_ready]
+
     def position(self, key: ExpertKey) -> int:
         return self._store.position(key)
 

@@ -19,7 +19,7 @@ OnDone = Callable[[ExpertReadError | None], None]
 
 _AHEAD_NBYTES = 2 * 1024**2  # of uncertain prefetches that are being read at most, or one record
 _CERTAIN = 0.98  # benefit from which on a prefetch is sure to be asked for
-_TOGETHER_NBYTES = 1024**2  # at most in one read of neighbours: the first of them waits for the last
+TOGETHER_NBYTES = 1024**2  # at most in one read of neighbours: the first of them waits for the last
 
 
 class Ticket:
@@ -150,7 +150,7 @@ class TransferQueue:
         return heapq.heappop(self._prefetches)[2] if self._num_running_prefetches < limit else None
 
     def _with_neighbours(self, ticket: Ticket) -> list[Ticket]:
-        limit = max(1, _TOGETHER_NBYTES // self._record_nbytes)
+        limit = max(1, TOGETHER_NBYTES // self._record_nbytes)
         run = deque([ticket])
         self._take(ticket)
         for step in (1, -1):

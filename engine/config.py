@@ -99,6 +99,7 @@ class EngineConfig:
     kv_memory_nbytes: int = 512 * 1024**2
     num_threads: int | None = None  # None: one for each core that this process may use
     record_trace: Path | None = None  # which experts tokens were routed to, written when the engine ends
+    device: str = "cpu"  # where experts are computed: cpu, or a name in cache.device.DEVICES
     kernels: str = "auto"  # a name in kernels.backend.BACKENDS; auto: native where it was built
     router: str = "auto"  # a name in engine.models.spec.ROUTERS; auto: the layers' own
     seed: int | None = None  # of requests that bring none; None: from the operating system

@@ -11,6 +11,8 @@ import time
 import torch
 from torch import Tensor
 
+from cache.device.device import Device, DeviceOutOfMemory
+from cache.device.sim import SimDevice
 from cache.expert_cache import ExpertCache
 from cache.expert_table import ExpertTable
 from cache.stats import CacheStats
@@ -20,6 +22,7 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.convert import Progress
 from engine.detokenizer import Detokenizer
+from engine.device_experts import DeviceExperts, device_room, open_named
 from engine.errors import ConfigError, InvalidRequest
 from engine.footprint import dense_nbytes, room_for_experts
 from engine.foresight import make_foresight
@@ -39,6 +42,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerOutput
 from engine.schedulers import SCHEDULERS
 from engine.step_parts import StepParts
+from engine.stream_backend import StepEnd, StreamBackend
 from engine.tokenizer import TokenDecoder, Tokenizer
 from kernels.backend import Backend, choose_backend
 
@@ -60,9 +64,10 @@ class Engine:
         tokenizer: TokenDecoder | None = None,
         backend: Backend | None = None,
         observer: RoutingObserver | None = None,
+        device: Device | None = None,
     ) -> None:
-        """`checkpoint`, `tokenizer` and `backend` stand in for what the configuration names; `observer` sees every
-        layer call."""
+        """`checkpoint`, `tokenizer`, `backend` and `device` stand in for what the configuration names; `observer` sees
+        every layer call."""
         checkpoint = checkpoint or Checkpoint(config.model)
         spec = checkpoint.spec.with_router(config.router)
         config = config.resolved(spec.moe is not None)
@@ -80,13 +85,21 @@ class Engine:
         num_blocks, max_model_len = plan_kv(config, spec, dtype)
         self.tokenizer = tokenizer or Tokenizer(config.model)
         dense = dense_nbytes(checkpoint, config.dtype)
-        available = room_for_experts(free_memory_nbytes(), config.kv_memory_nbytes, dense)
+        self._device = device or open_named(config.device)
+        if self._device is None:
+            available = room_for_experts(free_memory_nbytes(), config.kv_memory_nbytes, dense)
+        else:
+            available = device_room(self._device, config.kv_memory_nbytes, dense)
         self._experts: ExpertArena | None = None
         if spec.moe is not None:
-            self._experts = open_experts(checkpoint, config.cache, available, progress)
+            self._experts = open_experts(checkpoint, config.cache, available, progress, device=self._device)
+        waiter = None
+        if isinstance(self._device, SimDevice) and isinstance(self._experts, DeviceExperts):
+            backend = StreamBackend(backend, self._device, self._experts.pool.region)
+            waiter = StepEnd(self._device)
         foresight = make_foresight(config, spec, self._experts, checkpoint, backend)
         self._live = None if config.scheduler.policy == "fcfs" else _live_experts(spec, self._experts)
-        self._observers = Observers([one for one in (foresight, self._live, observer) if one is not None])
+        self._observers = Observers([one for one in (waiter, foresight, self._live, observer) if one is not None])
         self.recordings = Recordings(config.record_trace, spec.moe, self._observers)
         model = load_decoder(
             checkpoint,
@@ -208,9 +221,12 @@ class Engine:
         started = clock()
         stalled_before = self._stall_s
         try:
-            logits = self._runner.run(output)
+            output, logits = self._compute(output)
         except ExpertFailure as failure:
             return self._fail_rows(output, failure)
+        except DeviceOutOfMemory as error:
+            _log.error("%s", error)
+            return [self._fail(request, str(error)) for request in list(output.num_tokens)[:1]]
         sampled_requests = [
             request
             for request, num_tokens in output.num_tokens.items()
@@ -241,6 +257,17 @@ class Engine:
         if self._experts is not None:
             self._experts.cache.step_ended(ended - started)
         return results
+
+    def _compute(self, output: SchedulerOutput) -> tuple[SchedulerOutput, Tensor]:
+        """-> what was computed of it, and logits. What a device has no room for is tried again with half the tokens."""
+        while True:
+            try:
+                return output, self._runner.run(output)
+            except DeviceOutOfMemory as error:
+                if output.total_num_tokens == 1:
+                    raise
+                _log.warning("a step of %d tokens is halved: %s", output.total_num_tokens, error)
+                output = output.halved()
 
     def score(self, token_ids: list[int]) -> Tensor:
         """Natural-log likelihood of each token but the first, float32 [T - 1]; no prefix is taken from the cache.
@@ -299,6 +326,8 @@ class Engine:
         self.recordings.close()
         if self._experts is not None:
             self._experts.cache.close()
+        if self._device is not None:
+            self._device.close()
 
     def _append(self, request: Request, token: SampledToken) -> RequestOutput:
         if request.params.max_tokens == 0:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cache.device.device import Device
 from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertStore
@@ -17,6 +18,7 @@ from cache.slot_pool import SlotPool
 from engine.checkpoint import Checkpoint
 from engine.config import CacheConfig, format_nbytes
 from engine.convert import Progress, ensure_packed, expert_layout
+from engine.device_experts import DeviceExperts
 from engine.errors import ConfigError
 from engine.layers.foresight import RoutingObserver
 from engine.layers.moe import ExpertArena, LayerwiseRouter, MoELayer, PregatedRouter, Router
@@ -202,12 +204,17 @@ def expert_keys(moe: MoeSpec, layer: int) -> list[ExpertKey]:
 
 
 def open_experts(
-    checkpoint: Checkpoint, config: CacheConfig, available_nbytes: int, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    config: CacheConfig,
+    available_nbytes: int,
+    progress: Progress | None = None,
+    *,
+    device: Device | None = None,
 ) -> ExpertArena:
     """Pack the experts if that was not done before, and open them behind a cache of the configured budget.
 
-    `available_nbytes` of memory may be taken if the configuration names no budget. Raises `ConfigError` if the
-    budget cannot hold a single expert, `PackedFileError` if the packed file is damaged.
+    `available_nbytes` of memory may be taken if the configuration names no budget; of the `device`, if there is one.
+    Raises `ConfigError` if the budget cannot hold a single expert, `PackedFileError` if the packed file is damaged.
     """
     moe = checkpoint.spec.moe
     assert moe is not None
@@ -232,8 +239,10 @@ def open_experts(
             format_nbytes(num_experts * layout.nbytes),
         )
     store = ExpertStore(ensure_packed(checkpoint, config.format, config.packed_dir, progress))
-    pool = SlotPool(num_slots, layout.nbytes)
     try:
+        if device is not None:
+            return DeviceExperts(device, store, layout, num_slots, config)
+        pool = SlotPool(num_slots, layout.nbytes)
         cache = ExpertCache(
             store,
             pool,
@@ -244,7 +253,7 @@ def open_experts(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return ExpertArena(cache, memoryview(pool.arena), num_slots, layout)
+    return ExpertArena(cache, torch.frombuffer(pool.arena, dtype=torch.uint8), num_slots, layout)
 
 
 def _host_tier(store: ExpertStore, config: CacheConfig, num_experts: int) -> HostTier | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from cache.device.device import DeviceOutOfMemory
 from engine.batch import Batch
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder
@@ -23,9 +25,13 @@ class ModelRunner:
 
         Scores the prompt tokens of the requests that want it.
 
-        Raises `engine.layers.moe.ExpertFailure` if an expert cannot be read; the step may then be run again.
+        Raises `engine.layers.moe.ExpertFailure` if an expert cannot be read, `DeviceOutOfMemory` if a device has no
+        room for so many tokens; the step may then be run again.
         """
-        batch = Batch.build(output, all_logits=all_logits)
-        residual = self.model.residual(batch, self._kv_cache)
-        score_prompts(output, residual, self.model.logits)
-        return self.model.logits(residual if batch.logit_rows is None else residual[batch.logit_rows])
+        try:
+            batch = Batch.build(output, all_logits=all_logits)
+            residual = self.model.residual(batch, self._kv_cache)
+            score_prompts(output, residual, self.model.logits)
+            return self.model.logits(residual if batch.logit_rows is None else residual[batch.logit_rows])
+        except torch.OutOfMemoryError as error:
+            raise DeviceOutOfMemory(str(error)) from error

@@ -21,6 +21,16 @@ class SchedulerOutput:
     def total_num_tokens(self) -> int:
         return sum(self.num_tokens.values())
 
+    def halved(self) -> SchedulerOutput:
+        """The first half of its tokens: a step that can be computed in its place."""
+        left = self.total_num_tokens // 2
+        half = SchedulerOutput()
+        for request, num_tokens in self.num_tokens.items():
+            if left > 0:
+                half.num_tokens[request] = min(num_tokens, left)
+                left -= num_tokens
+        return half
+
 
 class FcfsScheduler:
     """First come, first served: running requests keep running, waiting ones join in their order.

@@ -29,17 +29,17 @@ class ExpertFailure(RuntimeError):
 class ExpertArena:
     """The experts' side of a model: the cache, and the records in its slots."""
 
-    def __init__(self, cache: ExpertCache, arena: memoryview, num_slots: int, layout: RecordLayout) -> None:
-        """`arena` are the bytes of all slots, one after the other."""
+    def __init__(self, cache: ExpertCache, arena: Tensor, num_slots: int, layout: RecordLayout) -> None:
+        """`arena`, uint8, are the bytes of all slots, one after the other."""
         self.cache = cache
-        self.records = Records(layout, list(torch.frombuffer(arena, dtype=torch.uint8).view(num_slots, -1)))
-        self._memory = self._outputs = torch.empty(0, layout.hidden_size)
+        self.records = Records(layout, list(arena.view(num_slots, -1)))
+        self._memory = self._outputs = torch.empty(0, layout.hidden_size, device=arena.device)
 
     def outputs(self, num_rows: int) -> Tensor:
         """Memory for products [num_rows, H], the same for every layer: new pages each time would be slow."""
         if num_rows != len(self._outputs):
             if num_rows > len(self._memory):
-                self._memory = torch.empty(num_rows, self.records.layout.hidden_size)
+                self._memory = torch.empty(num_rows, self.records.layout.hidden_size, device=self._memory.device)
             self._outputs = self._memory[:num_rows]
         return self._outputs
 

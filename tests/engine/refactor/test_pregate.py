@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache.device import DEVICES
+from cache.device.sim import Adversary, SimDevice
 from cache.prefetcher import Prefetcher
 from engine.errors import ConfigError
 from engine.layers.foresight import ExactForesight
@@ -143,3 +145,28 @@ def test_a_router_that_the_model_has_not_is_refused(checkpoint, make_engine: Mak
         make_engine(path, router="pregated")
     with pytest.raises(ConfigError, match="unknown router 'oracle'; known: auto, layerwise, pregated"):
         make_engine(path, router="oracle")
+
+
+@pytest.mark.parametrize(
+    "adversary", [Adversary(), Adversary(seed=1, compute_delay_s=0.003), Adversary(seed=2, copy_delay_s=0.002)]
+)
+def test_on_a_device_the_host_runs_ahead_of_all_layers_and_nothing_is_waited_for_unforetold(
+    pregated, make_engine: MakeEngine, monkeypatch, adversary: Adversary
+):
+    path, _, _, prompt = pregated
+    device = SimDevice(adversary=adversary)
+    monkeypatch.setitem(DEVICES, "sim", lambda: device)
+    record = FORMATS["float32"].layout(32, 32).nbytes
+    requests = {"a": (prompt[:40], greedy(16, logprobs=0))}
+    expected = run_all(make_engine(path, router="pregated"), requests)["a"]
+    cache = {"memory_nbytes": 6 * record, "predictor": "off"}
+    engine = make_engine(path, router="pregated", device="sim", cache=cache)
+    keys = [expert_keys(engine.moe, layer) for layer in engine.moe.layers]
+    engine.observe(ExactForesight(Prefetcher(engine.expert_cache, len(keys)), keys, always=True))
+    outputs = run_all(engine, requests)["a"]
+    assert tokens_of(outputs) == tokens_of(expected)
+    assert logprobs_of(outputs) == logprobs_of(expected)
+    device.detector.check()
+    stats = engine.stats().expert_cache
+    assert stats.evictions > 0
+    assert stats.decode.queries == stats.decode.hits + stats.decode.joined  # each was there or on its way
