@@ -3,8 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL ?= demo
 ARGS ?=
+URL ?= http://127.0.0.1:8000
+SCENARIO ?= steady
+DURATION ?= 60s
+OUT ?= loadtest/results
 
-.PHONY: serve test check sanitize install clean
+.PHONY: serve test check loadtest sanitize install clean
 
 .venv/installed: pyproject.toml setup.py $(wildcard kernels/cpu/src/*)
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "Foregate needs Python 3.10 to 3.13; name one with make PYTHON=python3.11")'
@@ -25,6 +29,12 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+loadtest: .venv/installed
+	mkdir -p $(OUT)
+	$(BIN)/locust -f loadtest/locustfile.py --headless --only-summary --loglevel WARNING --host $(URL) \
+	    --scenario $(SCENARIO) --duration $(DURATION) --html $(OUT)/$(SCENARIO).html --csv $(OUT)/$(SCENARIO) \
+	    --result $(OUT)/$(SCENARIO).json $(ARGS)
 
 sanitize: .venv/installed
 	tests/kernels/sanitize.sh $(BIN)/python
