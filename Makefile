@@ -32,7 +32,7 @@ check: .venv/installed
 
 loadtest: .venv/installed
 	mkdir -p $(OUT)
-	$(BIN)/locust -f loadtest/locustfile.py --headless --only-summary --loglevel WARNING --host $(URL) \
+	$(BIN)/python -m locust -f loadtest/locustfile.py --headless --only-summary --loglevel WARNING --host $(URL) \
 	    --scenario $(SCENARIO) --duration $(DURATION) --html $(OUT)/$(SCENARIO).html --csv $(OUT)/$(SCENARIO) \
 	    --result $(OUT)/$(SCENARIO).json $(ARGS)
 
