@@ -1,6 +1,6 @@
 """Streaming chat under load: `make loadtest`, or with locust's own options
 
-    python -m locust -f loadtest/locustfile.py --headless --only-summary --host http://127.0.0.1:8000 --scenario ramp --rate 4
+    python -m locust -f loadtest/locustfile.py --headless --host http://127.0.0.1:8000 --scenario ramp --rate 4
 
 Locust's tables, pages and CSV show the time to the first token (`ttft`), the gaps between tokens (`inter-token`), whole
 answers (`answer`) and, as an entry of its own whose numbers are no milliseconds, tokens/s of each answer. Its
