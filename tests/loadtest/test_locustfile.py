@@ -103,8 +103,9 @@ def test_clients_that_hang_up_are_no_errors_and_their_requests_end(
     ran = locust(serving(), "--scenario", "cancel-storm", "--rate", "40", "--cancel-within", "0.2", "--duration", "2s")
     assert ran.code == 0, ran.out
     result = ran.result
-    assert result.num_cancelled == timed_engine.num_aborted > 5
-    assert result.num_requests == len(timed_engine.answers) - timed_engine.num_aborted - 1 > 5
+    # one that hung up at once may never have come to the engine, one that hung up last may have been answered
+    assert 5 < timed_engine.num_aborted <= result.num_cancelled
+    assert 5 < result.num_requests <= len(timed_engine.answers) - timed_engine.num_aborted - 1
     assert timed_engine.num_open == 0
 
 
