@@ -1,58 +1,59 @@
-"""The engine's face: asynchronous, and all that the server sees. The engine itself runs on a thread of its own.
+"""The engine's face: asynchronous, and all that the server sees. The engine itself is a child process or a thread.
 
-Only `engine.messages` cross to that thread and back, so that it can become a process without a change above.
+Only `engine.messages` cross to it and back, over an `engine.link`. A process that dies is started again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from cache.expert_table import ExpertTable
 from engine.admission import check_request
+from engine.build import Build
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
 from engine.expert_questions import ExpertQuestions
-from engine.live_checks import LiveChecks, check_engine
+from engine.link import EngineLink, ThreadLink
+from engine.live_checks import LiveChecks
 from engine.live_trace import LiveTrace
 from engine.messages import (
     MAX_TRACE_TOKENS,
     AbortRequest,
     AddRequest,
-    AskExperts,
-    CheckIntegrity,
     EngineState,
     EngineStats,
     ExpertsTold,
+    Failed,
+    FromEngine,
+    IntegrityChecked,
     ModelInfo,
+    Outputs,
     RequestOutput,
-    StartTrace,
-    StopTrace,
+    StatsTaken,
+    ToEngine,
     TraceRecorded,
+    failed_output,
 )
+from engine.process_link import ProcessLink
+from engine.restarts import Restarts
 from engine.sampling_params import SamplingParams
-from engine.threads import wait_passively
+from engine.streams import Stream
 from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.convert import Progress
     from engine.engine import Engine
-    from engine.recordings import TraceService
 
 _log = logging.getLogger(__name__)
 
-_STATS_INTERVAL_S = 0.05
 _LONG_TEXT = 4096  # characters; longer texts are tokenised off the event loop
-
-_Message = AddRequest | AbortRequest | StartTrace | StopTrace | CheckIntegrity | AskExperts
+_STOP_S = 1.5  # for the running step to end, when there was no time left for requests
 
 
 class AsyncEngine:
@@ -63,60 +64,70 @@ class AsyncEngine:
         config: EngineConfig,
         *,
         progress: Progress | None = None,
-        build: Callable[[EngineConfig, Progress | None], Engine] | None = None,
+        build: Callable[[EngineConfig, Progress | None], Engine] | Build | None = None,
+        in_child: bool = False,
+        restarts: Restarts | None = None,
     ) -> None:
-        """`progress(what, done, total)` is told while the model loads, on the engine's thread.
+        """`progress(what, done, total)` is told while the model loads, on the engine's thread if it has one here.
 
-        `build` stands in there for `Engine`, to load something else than the checkpoint that `config` names.
+        `build` stands in for `Engine`, to load something else than the checkpoint that `config` names. `in_child`: in
+        a process of its own, which is started again when it has died, as `restarts` says; `build` then goes by name.
         """
         self._config = config
         self._progress = progress
         self._build = build
+        self._in_child = in_child
+        self._restarts = restarts or Restarts()
+        self._restarting: asyncio.Task[None] | None = None
+        self._num_restarts = 0
         self._state: EngineState = "stopped"
         self._error: str | None = None
-        self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
-        self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
-        self._trace = LiveTrace(self._inbox.put)
-        self._checks = LiveChecks(self._inbox.put)
-        self._questions = ExpertQuestions(self._inbox.put)
-        self._thread: threading.Thread | None = None
-        self._engine: Engine | None = None
+        self._link: EngineLink | None = None
+        self._info: ModelInfo | None = None
+        self._streams: dict[str, Stream] = {}
+        self._trace = LiveTrace(self._send)
+        self._checks = LiveChecks(self._send)
+        self._questions = ExpertQuestions(self._send)
         self._stats = EngineStats(state="stopped")
-        self._last_step_at: float | None = None  # None: nothing to do
+        self._progress_at = 0.0  # the engine has told something, or been given its first request
         self._limit = config.scheduler.max_num_seqs + config.scheduler.waiting_limit
 
     @property
     def info(self) -> ModelInfo:
         """The loaded model; raises `EngineDead` before `start` has returned."""
-        return self._loaded().info
+        if self._info is None:
+            raise self._dead()
+        return self._info
 
     async def start(self) -> None:
         """Load the model; raises `ConfigError`, `CheckpointError` or `PackedFileError`, each naming the cure."""
-        loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[None] = loop.create_future()
         self._state = "loading"
-        self._thread = threading.Thread(target=self._run, args=(loop, loaded), name="engine", daemon=True)
-        self._thread.start()
+        link = self._make_link()
         try:
-            await loaded
+            await link.start()
         except Exception as error:
             self._state, self._error = "dead", str(error)
             raise
-        self._state = "ready"
+        self._link, self._info, self._state = link, link.info, "ready"
 
     async def stop(self, *, drain_s: float = 0.0) -> None:
-        """Take no more requests, give those in flight up to `drain_s` seconds, then end the engine's thread."""
-        if self._thread is None:
-            return
-        if self._state == "ready":
-            self._state = "draining"
+        """Take no more requests, give those in flight up to `drain_s` seconds, then end the engine."""
         deadline = time.monotonic() + drain_s
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.wait({self._restarting})
+        if self._state in ("ready", "restarting"):
+            self._state = "draining"
         while self._streams and self._state == "draining" and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        if self._link is None:
+            return
+        for request_id in self._streams:
+            self._send(AbortRequest(request_id))
+        self._fail_streams("the server is shutting down")
+        await self._link.stop(max(0.0, deadline - time.monotonic()) + _STOP_S)
         self._fail_all("the server is shutting down")
-        self._thread = self._engine = None
+        self._link = self._info = None
         if self._state != "dead":
             self._state = "stopped"
 
@@ -134,9 +145,9 @@ class AsyncEngine:
 
     async def decode(self, token_ids: list[int]) -> str:
         """Token ids to text, special tokens included; raises `InvalidRequest` for an id that there is not."""
-        engine = self._loaded()
-        if any(not 0 <= token_id < engine.info.vocab_size for token_id in token_ids):
-            raise InvalidRequest(f"token ids must be between 0 and {engine.info.vocab_size - 1}", param="tokens")
+        vocab_size = self.info.vocab_size
+        if any(not 0 <= token_id < vocab_size for token_id in token_ids):
+            raise InvalidRequest(f"token ids must be between 0 and {vocab_size - 1}", param="tokens")
         return await asyncio.to_thread(self._tokenizer().decode, token_ids, skip_special_tokens=False)
 
     async def generate(
@@ -153,9 +164,13 @@ class AsyncEngine:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
         if len(self._streams) >= self._limit:
             raise EngineOverloaded(f"the queue is full ({self._config.scheduler.waiting_limit} requests wait)")
-        stream: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        self._streams[request_id] = stream
-        self._inbox.put(AddRequest(request_id, prompt_token_ids, params))
+        try:
+            self._send(AddRequest(request_id, prompt_token_ids, params))
+        except (ValueError, OverflowError, TypeError) as error:
+            raise InvalidRequest(f"a parameter cannot be passed on: {error}") from error
+        if not self._streams:
+            self._progress_at = time.monotonic()
+        stream = self._streams[request_id] = Stream()
         finished = False
         try:
             while not finished:
@@ -165,7 +180,7 @@ class AsyncEngine:
         finally:
             del self._streams[request_id]
             if not finished:
-                self._inbox.put(AbortRequest(request_id))
+                self._send(AbortRequest(request_id))
 
     async def record_trace(
         self, *, seconds: float, max_tokens: int = MAX_TRACE_TOKENS, domain: str = ""
@@ -196,9 +211,14 @@ class AsyncEngine:
         return await self._questions.ask()
 
     def stats(self) -> EngineStats:
-        """The latest snapshot; at most a step old while the engine is busy."""
-        age = 0.0 if self._last_step_at is None else time.monotonic() - self._last_step_at
-        return msgspec.structs.replace(self._stats, state=self._state, last_step_age_s=age, error=self._error)
+        """The latest snapshot, a twentieth of a second old or a step; `last_step_age_s` is up to now."""
+        return msgspec.structs.replace(
+            self._stats,
+            state=self._state,
+            last_step_age_s=time.monotonic() - self._progress_at if self._streams else 0.0,
+            restarts_total=self._num_restarts,
+            error=self._error,
+        )
 
     async def integrity_error(self) -> str | None:
         """What does not add up in the books of the engine, looked at between two of its steps.
@@ -208,112 +228,88 @@ class AsyncEngine:
         self._require_ready()
         return await self._checks.ask()
 
-    def _loaded(self) -> Engine:
-        if self._engine is None:
-            raise EngineDead(f"the engine is {self._state}" + (f": {self._error}" if self._error else ""))
-        return self._engine
+    def _make_link(self) -> EngineLink:
+        if not self._in_child:
+            return ThreadLink(self._config, self._build, self._progress, self._receive, self._ended)
+        build = Build() if self._build is None else self._build
+        if not isinstance(build, Build):
+            raise TypeError("what a child process is to build goes by name: a Build")
+        return ProcessLink(self._config, build, self._progress, self._receive, self._ended)
+
+    def _dead(self) -> EngineDead:
+        return EngineDead(f"the engine is {self._state}" + (f": {self._error}" if self._error else ""))
 
     def _require_ready(self) -> None:
         if self._state != "ready":
-            raise EngineDead(f"the engine is {self._state}" + (f": {self._error}" if self._error else ""))
+            raise self._dead()
 
     def _tokenizer(self) -> Tokenizer:
-        tokenizer = self._loaded().tokenizer
-        assert isinstance(tokenizer, Tokenizer)
-        return tokenizer
+        if self._link is None:
+            raise self._dead()
+        return self._link.tokenizer
 
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            stream = self._streams.get(output.request_id)  # gone: the client left meanwhile
-            if stream is not None:
-                stream.put_nowait(output)
+    def _send(self, message: ToEngine) -> None:
+        if self._link is not None:
+            self._link.send(message)
+
+    def _receive(self, message: FromEngine) -> None:
+        self._progress_at = time.monotonic()
+        match message:
+            case Outputs(outputs):
+                for output in outputs:
+                    stream = self._streams.get(output.request_id)  # gone: the client left meanwhile
+                    if stream is not None:
+                        stream.put(output)
+            case StatsTaken(stats):
+                self._stats = stats
+            case TraceRecorded():
+                self._trace.deliver(message)
+            case IntegrityChecked():
+                self._checks.deliver(message)
+            case ExpertsTold():
+                self._questions.deliver(message)
+            case Failed():
+                raise AssertionError("the link's to handle")
+
+    def _fail_streams(self, error: str) -> None:
+        for request_id, stream in self._streams.items():
+            stream.put(failed_output(request_id, error))
 
     def _fail_all(self, error: str) -> None:
-        for request_id, stream in self._streams.items():
-            stream.put_nowait(_failed(request_id, error))
+        self._fail_streams(error)
         self._trace.fail(error)
         self._checks.fail(error)
         self._questions.fail(error)
 
-    def _run(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[None]) -> None:
-        """The engine's thread."""
-        wait_passively()
-        from engine.engine import Engine
-        from engine.recordings import TraceService
+    def _ended(self, why: str) -> None:
+        """The engine has failed or died by itself."""
+        self._error = why
+        self._stats = EngineStats(state="dead")
+        is_supervised = self._state == "ready" and self._link is not None and self._link.may_restart
+        self._state = "restarting" if is_supervised else "dead"
+        self._fail_all("the engine failed; the server's log says why")
+        if is_supervised:
+            self._restarting = asyncio.ensure_future(self._restart())
 
-        try:
-            engine = (self._build or Engine)(self._config, self._progress)
-        except BaseException as error:
-            loop.call_soon_threadsafe(loaded.set_exception, error)
+    async def _restart(self) -> None:
+        """Until it serves again, or has died too often."""
+        assert self._link is not None
+        await self._link.stop(_STOP_S)
+        while (delay_s := self._restarts.delay_after_death()) is not None:
+            _log.warning("the engine is started again in %g s", delay_s)
+            await asyncio.sleep(delay_s)
+            began = time.monotonic()
+            link = self._link.again()
+            try:
+                await link.start()
+            except Exception as error:
+                self._error = str(error)
+                _log.error("the engine could not be started again: %s", error)
+                continue
+            self._link, self._info, self._error = link, link.info, None
+            self._state = "ready"
+            self._num_restarts += 1
+            _log.warning("the engine serves again after %.1f s", time.monotonic() - began)
             return
-        self._engine = engine
-        self._stats = engine.stats()
-        loop.call_soon_threadsafe(loaded.set_result, None)
-        traces = TraceService(
-            engine.recordings, lambda recorded: loop.call_soon_threadsafe(self._trace.deliver, recorded)
-        )
-        try:
-            self._serve(engine, loop, traces)
-        except Exception as error:
-            _log.exception("the engine failed")
-            self._state, self._error = "dead", f"{type(error).__name__}: {error}"
-            loop.call_soon_threadsafe(self._fail_all, "the engine failed; the server's log says why")
-        finally:
-            self._last_step_at = None
-            self._stats = engine.stats()
-            traces.close()
-            engine.close()
-
-    def _serve(self, engine: Engine, loop: asyncio.AbstractEventLoop, traces: TraceService) -> None:
-        stats_at = 0.0
-        while True:
-            if not engine.has_work:
-                self._last_step_at = None
-                self._stats = engine.stats()
-            for message in self._drain(block=not engine.has_work):
-                if message is None:
-                    traces.stop()
-                    return
-                if isinstance(message, AddRequest):
-                    engine.add_request(message.request_id, message.prompt_token_ids, message.params)
-                elif isinstance(message, AbortRequest):
-                    engine.abort_request(message.request_id)
-                elif isinstance(message, AskExperts):
-                    told = ExpertsTold(message.ask_id, engine.expert_table())
-                    loop.call_soon_threadsafe(self._questions.deliver, told)
-                elif isinstance(message, StartTrace):
-                    end = partial(self._inbox.put, StopTrace(message.trace_id))
-                    engine.recordings.start(message, engine.scheduler.requests, when_full=end)
-                elif isinstance(message, CheckIntegrity):
-                    loop.call_soon_threadsafe(self._checks.deliver, check_engine(engine, message))
-                else:
-                    traces.stop(message)
-            if self._last_step_at is None:
-                self._last_step_at = time.monotonic()
-            outputs = engine.step()
-            now = self._last_step_at = time.monotonic()
-            if outputs:
-                loop.call_soon_threadsafe(self._deliver, outputs)
-            if now - stats_at > _STATS_INTERVAL_S:
-                self._stats, stats_at = engine.stats(), now
-
-    def _drain(self, *, block: bool = False) -> list[_Message | None]:
-        messages: list[_Message | None] = []
-        try:
-            while True:
-                messages.append(self._inbox.get(block=block and not messages))
-        except queue.Empty:
-            return messages
-
-
-def _failed(request_id: str, error: str) -> RequestOutput:
-    return RequestOutput(
-        request_id=request_id,
-        text="",
-        token_ids=[],
-        num_prompt_tokens=0,
-        num_cached_tokens=0,
-        num_output_tokens=0,
-        finish_reason="error",
-        error=error,
-    )
+        self._state = "dead"
+        _log.error("the engine has died too often and is not started again")

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.number_tokenizer import NumberTokenizer
 from engine.sampling_params import SamplingParams
-from engine.synthetic import NumberTokenizer, SyntheticCheckpoint
+from engine.synthetic import SyntheticCheckpoint
 from kernels.backend import Backend, Linear, choose_backend
 from kernels.cpu.native import NativeBackend
 from kernels.quant.blocked import packed_nbytes

@@ -23,8 +23,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.layers.foresight import ExactForesight, OracleForesight
 from engine.loader import expert_keys
+from engine.number_tokenizer import NumberTokenizer
 from engine.sampling_params import SamplingParams
-from engine.synthetic import NumberTokenizer, SyntheticCheckpoint
+from engine.synthetic import SyntheticCheckpoint
 from engine.tokenizer import TokenDecoder
 from kernels.backend import Routing
 

@@ -24,10 +24,11 @@ from engine.cost_fit import fit_bookkeeping, fit_combine, fit_costs, fit_foretel
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.link_probe import probe_link, read_slowdown
+from engine.number_tokenizer import NumberTokenizer
 from engine.sampling_params import SamplingParams
 from engine.simulate import SimulatedStep, SimulationSettings, simulated_steps
 from engine.step_clock import StepClock, StepTimes, replayed_steps
-from engine.synthetic import NumberTokenizer, SyntheticCheckpoint
+from engine.synthetic import SyntheticCheckpoint
 from engine.tokenizer import TokenDecoder
 from kernels.backend import choose_backend
 

@@ -137,7 +137,7 @@ STEP_S = (
 )
 BATCH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
-EngineState = Literal["stopped", "loading", "ready", "draining", "dead"]
+EngineState = Literal["stopped", "loading", "ready", "restarting", "draining", "dead"]
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,4 +161,45 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_s: dict[StepPart, HistogramStats] = msgspec.field(default_factory=dict)  # of each step, by STEP_S
     batch_tokens: HistogramStats = HistogramStats()  # of each step, by BATCH_TOKENS
     expert_cache: CacheStats = CacheStats()
-    error: str | None = None  # why it is dead
+    restarts_total: int = 0  # of the engine's process, after it had died
+    error: str | None = None  # why it is dead or restarting
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Server to engine: end after this step, whatever is left to do."""
+
+
+class Outputs(msgspec.Struct, frozen=True, tag=True):
+    """Engine to server: what is new after one step."""
+
+    outputs: list[RequestOutput]
+
+
+class StatsTaken(msgspec.Struct, frozen=True, tag=True):
+    """Engine to server: a snapshot, some of each second while it works and one when it comes to rest."""
+
+    stats: EngineStats
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Engine to server: it cannot go on, and ends."""
+
+    error: str
+
+
+ToEngine = AddRequest | AbortRequest | StartTrace | StopTrace | CheckIntegrity | AskExperts | Stop
+FromEngine = Outputs | StatsTaken | TraceRecorded | IntegrityChecked | ExpertsTold | Failed
+
+
+def failed_output(request_id: str, error: str) -> RequestOutput:
+    """The last output of a request of which nothing more can be told."""
+    return RequestOutput(
+        request_id=request_id,
+        text="",
+        token_ids=[],
+        num_prompt_tokens=0,
+        num_cached_tokens=0,
+        num_output_tokens=0,
+        finish_reason="error",
+        error=error,
+    )

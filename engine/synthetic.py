@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +15,9 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.convert import Progress
 from engine.engine import Engine
-from engine.errors import ConfigError, InvalidRequest
+from engine.errors import ConfigError
 from engine.models import FAMILIES
-from engine.tokenizer import Tokenizer
+from engine.number_tokenizer import NumberTokenizer
 
 _COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 SHAPES = {
@@ -117,28 +116,6 @@ class SyntheticCheckpoint(Checkpoint):
 
     def eos_token_ids(self) -> tuple[int, ...]:
         return ()
-
-
-class NumberTokenizer(Tokenizer):
-    """Stands in where there is no text: a token is its number."""
-
-    has_chat_template = False
-
-    def __init__(self) -> None:
-        self.eos_token_id = None
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """'12 7' -> [12, 7]; raises `InvalidRequest` for anything else."""
-        try:
-            return [int(number) for number in text.split()]
-        except ValueError:
-            raise InvalidRequest("a model of random weights takes token ids or their numbers", param="prompt") from None
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return "".join(f" {token_id}" for token_id in token_ids)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return f" {token_id}".encode()
 
 
 def random_engine(shape: str, num_layers: int | None, config: EngineConfig, progress: Progress | None = None) -> Engine:

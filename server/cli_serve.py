@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -95,7 +94,7 @@ def serve(
     start_logging(log_level)
     check_random(model, random, layers)
     from engine.async_engine import AsyncEngine
-    from engine.plan import planned_engine
+    from engine.build import PLANNED, random_weights
     from server.app import create_app
     from server.auth import hash_key
     from server.context import Lifecycle
@@ -149,12 +148,8 @@ def serve(
             max_parallel_prompts=max_num_seqs,
         )
         display = ProgressDisplay()
-        build: Callable[..., Any] = planned_engine
-        if random is not None:
-            from engine.synthetic import random_engine
-
-            build = partial(random_engine, random, layers)
-        engine = AsyncEngine(config, progress=display, build=build)
+        build = PLANNED if random is None else random_weights(random, layers)
+        engine = AsyncEngine(config, progress=display, build=build, in_child=True)
         lifecycle = Lifecycle()
         run(
             engine,

@@ -64,6 +64,9 @@ class AppContext:
         if state == "draining":
             self.metrics.reject("draining")
             raise Unavailable("the server is shutting down", code="shutting_down", retry_after_s=5.0)
+        if state == "restarting":
+            self.metrics.reject("restarting")
+            raise Unavailable("the engine has failed and is being started again", code="restarting", retry_after_s=5.0)
         if state == "dead":
             raise EngineDead("the engine has stopped working")
 

@@ -14,6 +14,7 @@ FLOORS = ("kernels", "cache", "engine", "server")  # from the ground up
 SERVER_MAY_SEE = {
     "engine.async_engine",
     "engine.bench",
+    "engine.build",
     "engine.bench_offload",
     "engine.bench_prediction",
     "engine.bench_schedule",
@@ -101,6 +102,7 @@ PURE = {
     "engine": [
         "engine.async_engine",
         "engine.block_manager",
+        "engine.child",
         "engine.calibration",
         "engine.config",
         "engine.detokenizer",
@@ -108,6 +110,7 @@ PURE = {
         "engine.hub",
         "engine.messages",
         "engine.models",
+        "engine.number_tokenizer",
         "engine.request",
         "engine.sampling_params",
         "engine.schedule_replay",

@@ -17,6 +17,7 @@ from engine.batch import Batch
 from engine.config import CacheConfig, EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineDead, InvalidRequest, RecordingInProgress
+from engine.link import ThreadLink
 from engine.messages import RequestOutput, StartTrace, TraceRecorded
 from engine.sampling_params import SamplingParams
 from kernels.backend import Routing
@@ -238,8 +239,10 @@ async def test_one_at_a_time_and_a_cancelled_one_makes_room_at_once(engine: Asyn
     await collect(engine, "a", random_prompt(20), greedy(3))
     engine.end_trace()
     assert unpacked(await second, tmp_path).num_tokens == 22
-    assert engine._engine is not None
-    assert engine._engine.recordings._asked is None
+    link = engine._link
+    assert isinstance(link, ThreadLink)
+    assert link._engine is not None
+    assert link._engine.recordings._asked is None
 
 
 async def test_stopping_the_engine_ends_a_recording_which_is_answered(engine: AsyncEngine, tmp_path: Path):

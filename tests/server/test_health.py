@@ -19,6 +19,7 @@ from tests.server.fake_engine import FakeEngine
         ("loading", 503, 200),
         ("stopped", 503, 200),
         ("draining", 503, 200),
+        ("restarting", 503, 200),
         ("dead", 503, 503),
     ],
 )
@@ -38,6 +39,7 @@ async def test_only_a_ready_engine_is_healthy_and_only_a_dead_one_is_not_alive(
         ("loading", "loading"),
         ("stopped", "loading"),
         ("draining", "shutting_down"),
+        ("restarting", "restarting"),
         ("dead", "engine_unavailable"),
     ],
 )
