@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import msgspec
 from fastapi import FastAPI
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,13 +19,30 @@ from server.engine_face import Engine
 from server.errors import ApiError, GenerationFailed, as_api_error
 from server.metrics import ServerMetrics
 from server.middleware import RequestObserver, record_of
-from server.openapi import describe_bodies
-from server.protocol.chat import ChatRequest
-from server.protocol.completions import CompletionRequest
+from server.openapi import describe
+from server.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
+from server.protocol.completions import Completion, CompletionRequest
 from server.routes import ROUTERS
-from server.routes.admin import TraceBody
-from server.routes.tokenize import DetokenizeRequest, TokenizeRequest
+from server.routes.admin import Ended, Integrity, TraceBody
+from server.routes.health import Version
+from server.routes.models import ModelCard, ModelList
+from server.routes.tokenize import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from server.settings import AppSettings
+
+BODIES: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, TraceBody]
+ANSWERS: list[type[msgspec.Struct]] = [
+    ChatCompletion,
+    ChatChunk,
+    Completion,
+    ModelCard,
+    ModelList,
+    Tokens,
+    Text,
+    Version,
+    Ended,
+    Integrity,
+]
+_DESCRIPTION = "OpenAI's API for a Mixture-of-Experts model that does not fit in fast memory, and what operates it."
 
 
 def create_app(
@@ -36,11 +55,18 @@ def create_app(
     """An application that shares nothing with any other. `engine` may still be loading."""
     metrics = ServerMetrics(settings.served_names[0], engine.stats, vllm_names=settings.metrics_compat == "vllm")
     ctx = AppContext(engine, settings, metrics, lifecycle or Lifecycle(), clock=clock)
-    app = FastAPI(title="Foregate", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="Foregate",
+        version=VERSION,
+        description=_DESCRIPTION,
+        docs_url=None,  # server.routes.docs is ours
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     for make_router in ROUTERS.values():
         app.include_router(make_router(ctx))
     _answer_errors(app, metrics)
-    describe_bodies(app, [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, TraceBody])
+    describe(app, BODIES, ANSWERS, needs_key=bool(settings.api_key_hashes))
     if settings.api_key_hashes:
         open_paths = OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS
         app.add_middleware(KeyCheck, key_hashes=settings.api_key_hashes, open_paths=open_paths)

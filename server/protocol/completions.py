@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -12,13 +12,18 @@ from pydantic_core import PydanticCustomError
 from engine.messages import FinishReason
 from engine.sampling_params import MAX_LOGPROBS
 from server.errors import BadRequest
-from server.protocol.fields import CountOrZero, NumChoices, SamplingBody
+from server.protocol.fields import CountOrZero, Integer, NumChoices, SamplingBody, TokenId
 from server.protocol.logprobs import CompletionLogprobs
 from server.protocol.usage import Usage
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI's
 
 Prompt = str | list[int]
+
+_Text = Annotated[str, Field(min_length=1)]
+_TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+_T = TypeVar("_T")
+_Many = Annotated[list[_T], Field(min_length=1)]
 
 
 def _prompts(value: Any) -> list[Prompt]:
@@ -41,13 +46,13 @@ def _prompts(value: Any) -> list[Prompt]:
 class CompletionRequest(SamplingBody):
     prompt: Annotated[
         list[Prompt],
-        BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+        BeforeValidator(_prompts, json_schema_input_type=_Text | _Many[_Text] | _TokenIds | _Many[_TokenIds]),
     ]
     max_tokens: CountOrZero | None = None
     n: NumChoices | None = None
     best_of: NumChoices | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def num_choices(self) -> int:

@@ -7,15 +7,30 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import MAX_STOP_STRINGS, SamplingParams
 from server.errors import BadRequest
 
 _INT32_MAX = 2**31 - 1
 
-Count = Annotated[int, Field(ge=1, le=_INT32_MAX)]
-CountOrZero = Annotated[int, Field(ge=0, le=_INT32_MAX)]
-NumChoices = Annotated[int, Field(ge=1, le=128)]  # `n`
-TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+
+def _integral(value: Any) -> Any:
+    """JSON does not tell 5 from 5.0, and neither do the clients of some languages."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral, json_schema_input_type=int)]
+Count = Annotated[Integer, Field(ge=1, le=_INT32_MAX)]
+CountOrZero = Annotated[Integer, Field(ge=0, le=_INT32_MAX)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+BiasedToken = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+_LogitBias = Annotated[
+    dict[BiasedToken, Annotated[float, Field(ge=-100, le=100)]],
+    Field(json_schema_extra={"additionalProperties": False}),
+]
+StopString = Annotated[str, Field(min_length=1)]
+_StopInput = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None
+NumChoices = Annotated[Integer, Field(ge=1, le=128)]  # `n`
+TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]  # strict: prompts have very many
 
 
 class Body(BaseModel):
@@ -42,21 +57,21 @@ def _stop_strings(value: Any) -> Any:
 
 
 class SamplingBody(Body):
-    """null means the default, as in OpenAI's schema. Ranges are checked by `SamplingParams`."""
+    """null means the default, as in OpenAI's schema."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None  # -1 and 0: all
-    min_p: float | None = None
-    seed: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings, json_schema_input_type=str | list[str] | None)] = ()
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1, le=_INT32_MAX)] | None = None  # -1 and 0: all
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: _LogitBias | None = None
+    stop: Annotated[tuple[StopString, ...], BeforeValidator(_stop_strings, json_schema_input_type=_StopInput)] = ()
     stop_token_ids: list[TokenId] | None = None
     max_tokens: Count | None = None
     min_tokens: CountOrZero | None = None
@@ -87,16 +102,10 @@ class SamplingBody(Body):
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            logit_bias=_logit_bias(self.logit_bias or {}),
+            logit_bias={int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()},
             stop=self.stop,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             skip_special_tokens=self.skip_special_tokens is not False,
         )
-
-
-def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
-    if not all(key.isascii() and key.isdigit() and len(key) <= 9 for key in bias):
-        raise BadRequest("the keys of logit_bias must be token ids", param="logit_bias")
-    return {int(key): value for key, value in bias.items()}

@@ -10,6 +10,7 @@ from server.context import AppContext
 from server.routes.admin import admin_router
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
+from server.routes.docs import docs_router
 from server.routes.experts import experts_router
 from server.routes.health import health_router
 from server.routes.metrics import metrics_router
@@ -25,4 +26,5 @@ ROUTERS: dict[str, Callable[[AppContext], APIRouter]] = {
     "health": health_router,
     "metrics": metrics_router,
     "admin": admin_router,
+    "docs": docs_router,
 }

@@ -5,8 +5,9 @@ GET /admin/integrity: do the engine's books add up?
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
@@ -16,8 +17,9 @@ from server.body import read_body
 from server.context import AppContext
 from server.errors import ApiError
 from server.generation import unless_gone
-from server.openapi import json_body
-from server.protocol.fields import Body
+from server.openapi import json_answer, json_body, other_answer
+from server.protocol.fields import Body, Integer
+from server.routes.answer import json_response
 
 _MAX_SECONDS = 3600.0
 
@@ -26,14 +28,27 @@ class TraceBody(Body):
     """For how long, for how many tokens at most, and what the workload is called in the trace."""
 
     seconds: Annotated[float, Field(gt=0, le=_MAX_SECONDS)] = 60.0
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TRACE_TOKENS)] = MAX_TRACE_TOKENS
+    max_tokens: Annotated[Integer, Field(ge=1, le=MAX_TRACE_TOKENS)] = MAX_TRACE_TOKENS
     domain: Annotated[str, Field(max_length=100)] = ""
+
+
+class Ended(msgspec.Struct, frozen=True):
+    ended: bool = True
+
+
+class Integrity(msgspec.Struct, frozen=True):
+    ok: bool
+    error: str | None
+    num_requests: int
+
+
+_TRACE = json_body(TraceBody) | other_answer("application/octet-stream")
 
 
 def admin_router(ctx: AppContext) -> APIRouter:
     router = APIRouter(prefix="/admin")
 
-    @router.post("/trace", openapi_extra=json_body(TraceBody), response_model=None)
+    @router.post("/trace", openapi_extra=_TRACE, response_model=None)
     async def record_trace(request: Request) -> Response:
         """The .npz when the recording has ended: after `seconds`, with `max_tokens`, by DELETE, or with the server.
 
@@ -53,16 +68,16 @@ def admin_router(ctx: AppContext) -> APIRouter:
         }
         return Response(recorded.npz, media_type="application/octet-stream", headers=headers)
 
-    @router.delete("/trace")
-    async def end_trace(request: Request) -> dict[str, Any]:
+    @router.delete("/trace", openapi_extra=json_answer(Ended), response_model=None)
+    async def end_trace(request: Request) -> Response:
         """What is being recorded ends, and is the answer of the POST that asked for it."""
         check_admin(request, ctx.settings)
         if not ctx.engine.end_trace():
             raise ApiError(404, "nothing is being recorded", code="not_recording")
-        return {"ended": True}
+        return json_response(Ended())
 
-    @router.get("/integrity")
-    async def integrity(request: Request) -> dict[str, Any]:
+    @router.get("/integrity", openapi_extra=json_answer(Integrity), response_model=None)
+    async def integrity(request: Request) -> Response:
         """`error` says what is wrong with blocks, expert slots or the queue, and is null if nothing is.
 
         Without requests an expert that is still being read ahead counts as wrong: ask again a moment later.
@@ -71,6 +86,6 @@ def admin_router(ctx: AppContext) -> APIRouter:
         ctx.require_engine()
         error = await ctx.engine.integrity_error()
         stats = ctx.engine.stats()
-        return {"ok": error is None, "error": error, "num_requests": stats.num_running + stats.num_waiting}
+        return json_response(Integrity(error is None, error, stats.num_running + stats.num_waiting))
 
     return router

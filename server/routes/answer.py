@@ -30,6 +30,10 @@ def new_head(ctx: AppContext, prefix: str, model: str) -> Head:
     return Head(f"{prefix}-{uuid.uuid4().hex}", int(ctx.now()), model, ctx.fingerprint())
 
 
+def json_response(message: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(message), media_type="application/json")
+
+
 async def answer_whole(
     ctx: AppContext,
     request: Request,
@@ -43,7 +47,7 @@ async def answer_whole(
     outputs = _outputs(ctx, record, jobs)
     choices, tally = await collect(outputs, request.receive, len(jobs), n=n)
     record.finish_reason = choices[0].finish_reason or ""
-    return Response(msgspec.json.encode(build(choices, tally)), media_type="application/json")
+    return json_response(build(choices, tally))
 
 
 async def answer_stream(ctx: AppContext, request: Request, jobs: Sequence[Job], chunker: Chunker) -> Response:

@@ -26,11 +26,13 @@ from server.protocol.usage import usage_of
 from server.routes.answer import Head, answer_stream, answer_whole, new_head
 from server.sse import event
 
+_DESCRIBED = json_body(ChatRequest, ChatCompletion, stream=ChatChunk)
+
 
 def chat_router(ctx: AppContext) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest), response_model=None)
+    @router.post("/v1/chat/completions", openapi_extra=_DESCRIBED, response_model=None)
     @router.post("/chat/completions", include_in_schema=False, response_model=None)
     async def create_chat_completion(request: Request) -> Response:
         ctx.require_engine()

@@ -23,11 +23,13 @@ from server.protocol.usage import Usage, usage_of
 from server.routes.answer import Head, answer_stream, answer_whole, new_head
 from server.sse import event
 
+_DESCRIBED = json_body(CompletionRequest, Completion, stream=Completion)
+
 
 def completions_router(ctx: AppContext) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions", openapi_extra=json_body(CompletionRequest), response_model=None)
+    @router.post("/v1/completions", openapi_extra=_DESCRIBED, response_model=None)
     @router.post("/completions", include_in_schema=False, response_model=None)
     async def create_completion(request: Request) -> Response:
         ctx.require_engine()

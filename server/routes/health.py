@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import msgspec
+from fastapi import APIRouter, Response
 from starlette.responses import JSONResponse
 
 from server.context import VERSION, AppContext
+from server.openapi import json_answer
+from server.routes.answer import json_response
+
+
+class Version(msgspec.Struct, frozen=True):
+    version: str
 
 
 def health_router(ctx: AppContext) -> APIRouter:
@@ -24,8 +31,8 @@ def health_router(ctx: AppContext) -> APIRouter:
     async def live() -> JSONResponse:
         return answer(ctx.state != "dead")
 
-    @router.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": VERSION}
+    @router.get("/version", openapi_extra=json_answer(Version), response_model=None)
+    async def version() -> Response:
+        return json_response(Version(VERSION))
 
     return router

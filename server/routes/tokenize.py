@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+import msgspec
+from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from server.body import read_body
@@ -13,6 +14,7 @@ from server.errors import BadRequest
 from server.openapi import json_body
 from server.protocol.chat import Message
 from server.protocol.fields import Body, TokenId
+from server.routes.answer import json_response
 
 
 class TokenizeRequest(Body):
@@ -29,11 +31,21 @@ class DetokenizeRequest(Body):
     tokens: list[TokenId]
 
 
+class Tokens(msgspec.Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class Text(msgspec.Struct, frozen=True):
+    prompt: str
+
+
 def tokenize_router(ctx: AppContext) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/tokenize", openapi_extra=json_body(TokenizeRequest))
-    async def tokenize(request: Request) -> dict[str, Any]:
+    @router.post("/tokenize", openapi_extra=json_body(TokenizeRequest, Tokens), response_model=None)
+    async def tokenize(request: Request) -> Response:
         ctx.require_engine()
         body = await read_body(request, TokenizeRequest, ctx)
         ctx.served_name(body.model)
@@ -46,13 +58,13 @@ def tokenize_router(ctx: AppContext) -> APIRouter:
             )
         else:
             token_ids = await ctx.engine.encode(body.prompt or "")
-        return {"count": len(token_ids), "max_model_len": ctx.engine.info.max_model_len, "tokens": token_ids}
+        return json_response(Tokens(len(token_ids), ctx.engine.info.max_model_len, token_ids))
 
-    @router.post("/detokenize", openapi_extra=json_body(DetokenizeRequest))
-    async def detokenize(request: Request) -> dict[str, str]:
+    @router.post("/detokenize", openapi_extra=json_body(DetokenizeRequest, Text), response_model=None)
+    async def detokenize(request: Request) -> Response:
         ctx.require_engine()
         body = await read_body(request, DetokenizeRequest, ctx)
         ctx.served_name(body.model)
-        return {"prompt": await ctx.engine.decode(body.tokens)}
+        return json_response(Text(await ctx.engine.decode(body.tokens)))
 
     return router
