@@ -1,4 +1,4 @@
-"""Builds the native CPU kernels with the system's compiler; everything else is in pyproject.toml."""
+"""Builds the native libraries with the system's compiler; everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCE = Path("kernels/cpu/src")
+KERNELS, TRANSFER = Path("kernels/cpu/src"), Path("cache/native")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=default", "-Wall", "-Wextra", "-pthread"]
 # portable first: of inline code that several objects have, the linker keeps the first, which must run anywhere
 ISA_FLAGS = {"kernels_portable.cpp": []}
@@ -44,8 +44,24 @@ def _compiles_amx(compiler: list[str]) -> bool:
     return False
 
 
+def _kernel_sources(compiler: list[str]) -> dict[Path, list[str]]:
+    defines = ["-DFG_HAS_AMX"] if _compiles_amx(compiler) else []
+    names = [name for name in ISA_FLAGS if defines or name != "kernels_amx.cpp"]
+    return {
+        KERNELS / name: [*defines, *ISA_FLAGS.get(name, [])]
+        for name in ("api.cpp", "route.cpp", "thread_pool.cpp", *names)
+    }
+
+
+def _transfer_sources(compiler: list[str]) -> dict[Path, list[str]]:
+    return {TRANSFER / "transfer.cpp": []}
+
+
+LIBRARIES = {"kernels.cpu.libforegate": _kernel_sources, "cache.native.libforegate_io": _transfer_sources}
+
+
 class BuildNative(build_ext):
-    """One shared library without Python in it, so one build serves every version. Optional: see kernels.cpu.native."""
+    """Shared libraries without Python in them, so one build serves every version. Both are optional."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
@@ -58,18 +74,15 @@ class BuildNative(build_ext):
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 objects = []
-                defines = ["-DFG_HAS_AMX"] if _compiles_amx(compiler) else []
-                for source in ("api.cpp", "route.cpp", "thread_pool.cpp", *ISA_FLAGS):
-                    if source == "kernels_amx.cpp" and not defines:
-                        continue
-                    objects.append(str(Path(scratch, source).with_suffix(".o")))
-                    flags = [*FLAGS, *defines, *ISA_FLAGS.get(source, []), *extra]
-                    subprocess.run([*compiler, *flags, "-c", str(SOURCE / source), "-o", objects[-1]], check=True)
+                for source, flags in LIBRARIES[ext.name](compiler).items():
+                    objects.append(str(Path(scratch, source.name).with_suffix(".o")))
+                    command = [*compiler, *FLAGS, *flags, *extra, "-c", str(source), "-o", objects[-1]]
+                    subprocess.run(command, check=True)
                 subprocess.run([*compiler, "-shared", "-pthread", *extra, *objects, "-o", str(target)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"WARNING: the native CPU kernels were not built ({error}).", file=sys.stderr)
-            print("WARNING: Foregate will run on its slow reference kernels. Install a C++17 compiler", file=sys.stderr)
-            print("WARNING: (on Debian: apt-get install g++) and install Foregate again.", file=sys.stderr)
+            print(f"WARNING: {ext.name} was not built ({error}).", file=sys.stderr)
+            print("WARNING: Foregate will run on its slow reference in its place. Install a C++17", file=sys.stderr)
+            print("WARNING: compiler (on Debian: apt-get install g++) and install Foregate again.", file=sys.stderr)
             target.unlink(missing_ok=True)
 
     def copy_extensions_to_source(self) -> None:
@@ -80,6 +93,6 @@ class BuildNative(build_ext):
 
 
 setup(
-    ext_modules=[Extension("kernels.cpu.libforegate", sources=[], optional=True)],
+    ext_modules=[Extension(name, sources=[], optional=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildNative},
 )

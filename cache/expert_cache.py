@@ -99,6 +99,7 @@ class ExpertCache:
         counters = self._books.phases[phase]
         now = self._clock()
         with self._changed:
+            self._transfer.poll()
             counters.queries += len(keys)
             self._books.unique_experts.add(len(keys))
             if self._books.lifetimes.is_due():
@@ -130,6 +131,7 @@ class ExpertCache:
             if missing:
                 lease._waiting = missing
                 self._load_waiting(lease)
+                self._transfer.send()
                 self._books.num_waves += bool(lease._waiting)
         return lease
 
@@ -155,6 +157,7 @@ class ExpertCache:
         num_issued = 0
         stays = {key for key, _ in wanted}.union(keep)
         with self._changed:
+            self._transfer.poll()
             counters = self._books.prefetched(distance)
             for key, benefit in wanted:
                 if key in self._entries:
@@ -166,6 +169,7 @@ class ExpertCache:
                 assert entry.ticket is not None
                 counters.issued += 1
                 num_issued += 1
+            self._transfer.send()
         return num_issued
 
     def cancel_prefetches(self, layer: int, but: Collection[ExpertKey] = frozenset()) -> int:
@@ -315,6 +319,7 @@ class ExpertCache:
                 if lease._waiting:  # what was handed out is computed by now: its slots serve the next wave
                     self._unpin_computed(lease)
                     self._load_waiting(lease)
+                    self._transfer.send()
                 for entry in lease._awaited:
                     if entry.error is not None:
                         raise ExpertReadError(entry.key, entry.error.why) from entry.error
@@ -353,23 +358,27 @@ class ExpertCache:
     def stats(self) -> CacheStats:
         """A snapshot of the counters and gauges."""
         with self._changed:
+            self._transfer.poll()
             self._counts.age(self._entries.values())
             return self._books.snapshot(self._pool, self._transfer, self._host, self._oracle)
 
     def resident(self) -> frozenset[ExpertKey]:
         """The experts that are ready in the top tier now."""
         with self._changed:
+            self._transfer.poll()
             return frozenset(key for key, entry in self._entries.items() if entry.ready)
 
     def table(self) -> ExpertTable:
         """Of each expert how often it was asked for, and where it is. Takes a millisecond for 10,000 experts."""
         below = self._host.keys() if self._host is not None else ()
         with self._changed:
+            self._transfer.poll()
             return self._counts.table(self._entries.values(), below)
 
     def check_integrity(self, *, idle: bool = True) -> None:
         """Raise `AssertionError` if an invariant is broken; `idle`: no lease and no transfer is under way."""
         with self._changed:
+            self._transfer.poll()
             used = [entry.slot for entry in self._entries.values()]
             free = self._pool.free_slots()
             problems = {

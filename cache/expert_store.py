@@ -97,6 +97,10 @@ class ExpertStore:
     def demote(self, key: ExpertKey, record: memoryview) -> None:
         """Nothing: disk holds every record."""
 
+    def fileno(self) -> int:
+        """Of the open packed file."""
+        return self._fd
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

@@ -7,9 +7,14 @@ from collections.abc import Callable
 
 WEIGHT = 0.2  # of a new sample in the averages
 _DEPTHS = (2, 4, 8)  # reads under way that are tried, in this order
-_TRIAL_NBYTES = 32 * 1024**2  # read with each of them, while there is a queue
-_WORTH = 1.05  # a greater depth must be faster by that factor
-_SAMPLE_NBYTES = 4 * 1024**2  # read between two samples of the bandwidth
+TRIAL_NBYTES = 32 * 1024**2  # read with each of them, while there is a queue
+WORTH = 1.05  # a greater depth must be faster by that factor
+SAMPLE_NBYTES = 4 * 1024**2  # read between two samples of the bandwidth
+
+
+def depths_to_try(max_depth: int) -> list[int]:
+    """Ascending, none above `max_depth`."""
+    return [depth for depth in _DEPTHS if depth <= max_depth] or [max_depth]
 
 
 class Rate:
@@ -32,7 +37,7 @@ class Rate:
         self._busy_s += now - self._since
         self._since = None if is_idle else now
         self._nbytes += nbytes
-        if self._nbytes >= _SAMPLE_NBYTES and self._busy_s > 0:
+        if self._nbytes >= SAMPLE_NBYTES and self._busy_s > 0:
             rate = self._nbytes / self._busy_s
             self.average = rate if self.average is None else self.average + WEIGHT * (rate - self.average)
             self._nbytes, self._busy_s = 0, 0.0
@@ -62,7 +67,7 @@ class DepthTrials:
 
     def __init__(self, max_depth: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._left = [depth for depth in _DEPTHS if depth <= max_depth] or [max_depth]
+        self._left = depths_to_try(max_depth)
         self._rates: dict[int, float] = {}
         self.depth = self._left.pop(0)
         self._nbytes = 0
@@ -76,12 +81,12 @@ class DepthTrials:
             self._since, self._nbytes = (now if has_queue else None), 0
             return
         self._nbytes += nbytes
-        if self._nbytes < _TRIAL_NBYTES:
+        if self._nbytes < TRIAL_NBYTES:
             return
         self._rates[self.depth] = self._nbytes / (now - self._since)
         if self._left:
             self.depth = self._left.pop(0)
         else:
             fastest = max(self._rates.values())
-            self.depth = min(depth for depth, rate in self._rates.items() if rate * _WORTH >= fastest)
+            self.depth = min(depth for depth, rate in self._rates.items() if rate * WORTH >= fastest)
         self._since, self._nbytes = None, 0

@@ -44,12 +44,29 @@ class Source(Protocol):
 class Transfer(Protocol):
     """What `ExpertCache` asks of it: `TransferEngine`, or a stand-in whose time is simulated."""
 
-    num_ahead: int  # records whose read began before anybody waited for them
-    num_reads: int
-    num_retries: int
-    num_errors: int
-    read_s: float  # summed over threads
-    latency_s: float  # of one read, averaged
+    @property
+    def num_ahead(self) -> int:
+        """Records whose read began before anybody waited for them."""
+        ...
+
+    @property
+    def num_reads(self) -> int: ...
+
+    @property
+    def num_retries(self) -> int: ...
+
+    @property
+    def num_errors(self) -> int: ...
+
+    @property
+    def read_s(self) -> float:
+        """Summed over threads."""
+        ...
+
+    @property
+    def latency_s(self) -> float:
+        """Of one read, averaged."""
+        ...
 
     @property
     def depth(self) -> int: ...
@@ -72,9 +89,17 @@ class Transfer(Protocol):
         evicted: ExpertKey | None = None,
     ) -> Ticket: ...
 
+    def send(self) -> None:
+        """Begin with what was submitted, where that waits for more."""
+        ...
+
     def promote(self, ticket: Ticket) -> None: ...
 
     def cancel(self, ticket: Ticket) -> bool: ...
+
+    def poll(self) -> None:
+        """Call `on_done` of what has arrived, where no thread of its own does; under the lock of who is told."""
+        ...
 
     def close(self) -> None: ...
 
@@ -162,6 +187,12 @@ class TransferEngine:
             is_cancelled = self._queue.cancel(ticket)
             self.num_cancelled += is_cancelled
             return is_cancelled
+
+    def send(self) -> None:
+        """Nothing: each read begins when it may."""
+
+    def poll(self) -> None:
+        """Nothing: the I/O threads tell."""
 
     def close(self) -> None:
         """Finish what was submitted and end the threads."""

@@ -18,14 +18,27 @@ Buffer = Any  # what the source fills: a memoryview, or a slot of a device
 OnDone = Callable[[ExpertReadError | None], None]
 
 _AHEAD_NBYTES = 2 * 1024**2  # of uncertain prefetches that are being read at most, or one record
-_CERTAIN = 0.98  # benefit from which on a prefetch is sure to be asked for
+CERTAIN = 0.98  # benefit from which on a prefetch is sure to be asked for
 TOGETHER_NBYTES = 1024**2  # at most in one read of neighbours: the first of them waits for the last
+
+
+def max_uncertain(record_nbytes: int) -> int:
+    """Uncertain prefetches that are being read at most."""
+    return max(1, _AHEAD_NBYTES // record_nbytes)
+
+
+def max_together(record_nbytes: int) -> int:
+    """Neighbours in one read at most."""
+    return max(1, TOGETHER_NBYTES // record_nbytes)
 
 
 class Ticket:
     """One record on its way."""
 
-    __slots__ = ("benefit", "buffer", "evicted", "is_demand", "is_queued", "key", "link", "on_done", "position")
+    __slots__ = (
+        *("benefit", "buffer", "evicted", "is_demand", "is_queued", "key", "link", "number", "on_done"),
+        "position",
+    )
 
     def __init__(
         self,
@@ -45,6 +58,7 @@ class Ticket:
         self.is_demand = False
         self.is_queued = True  # not begun, not cancelled
         self.link: Link = "disk"  # that it comes over, known when its read begins
+        self.number = 0  # among those of its transfer engine, where that counts them
 
 
 class TransferQueue:
@@ -59,7 +73,7 @@ class TransferQueue:
         self._order = count()
         self._queued: dict[int, Ticket] = {}  # by position
         self._num_running = self._num_running_prefetches = 0
-        self._max_uncertain = max(1, _AHEAD_NBYTES // record_nbytes)
+        self._max_uncertain = max_uncertain(record_nbytes)
         self.queued_nbytes = self.running_nbytes = 0
 
     @property
@@ -145,12 +159,12 @@ class TransferQueue:
         if not self._prefetches or self._num_running >= depth:
             return None
         # a read that has begun cannot be overtaken, and takes its share of the device from what is waited for
-        is_certain = self._prefetches[0][2].benefit >= _CERTAIN
+        is_certain = self._prefetches[0][2].benefit >= CERTAIN
         limit = max(depth - 1, self._max_uncertain) if is_certain else self._max_uncertain
         return heapq.heappop(self._prefetches)[2] if self._num_running_prefetches < limit else None
 
     def _with_neighbours(self, ticket: Ticket) -> list[Ticket]:
-        limit = max(1, TOGETHER_NBYTES // self._record_nbytes)
+        limit = max_together(self._record_nbytes)
         run = deque([ticket])
         self._take(ticket)
         for step in (1, -1):

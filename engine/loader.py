@@ -14,6 +14,8 @@ from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertStore
 from cache.host_tier import HostTier
+from cache.native.library import is_built
+from cache.native_transfer import NativeTransfer
 from cache.slot_pool import SlotPool
 from engine.checkpoint import Checkpoint
 from engine.config import CacheConfig, format_nbytes
@@ -243,17 +245,27 @@ def open_experts(
         if device is not None:
             return DeviceExperts(device, store, layout, num_slots, config)
         pool = SlotPool(num_slots, layout.nbytes)
-        cache = ExpertCache(
-            store,
-            pool,
-            config.policy,
-            host=_host_tier(store, config, num_experts),
-            num_io_threads=config.num_io_threads,
-            link_bandwidth=config.link_bandwidth,
-        )
+        cache = _open_cache(store, pool, config, _host_tier(store, config, num_experts))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return ExpertArena(cache, torch.frombuffer(pool.arena, dtype=torch.uint8), num_slots, layout)
+
+
+def _open_cache(store: ExpertStore, pool: SlotPool, config: CacheConfig, host: HostTier | None) -> ExpertCache:
+    """Read natively, unless records come through the host tier, which is not, or the library was not built."""
+    if host is None and is_built():
+        native = NativeTransfer(store, config.num_io_threads, link_bandwidth=config.link_bandwidth)
+        return ExpertCache(store, pool, config.policy, transfer=native, arrival=native.arrival)
+    if host is None:
+        _log.warning("the native transfer was not built: experts are read by Python threads, which is slower")
+    return ExpertCache(
+        store,
+        pool,
+        config.policy,
+        host=host,
+        num_io_threads=config.num_io_threads,
+        link_bandwidth=config.link_bandwidth,
+    )
 
 
 def _host_tier(store: ExpertStore, config: CacheConfig, num_experts: int) -> HostTier | None:

@@ -130,6 +130,12 @@ class SimulatedTransfer:
         self.num_submitted += 1
         return ticket
 
+    def send(self) -> None:
+        """Nothing: each read begins when it may."""
+
+    def poll(self) -> None:
+        """Nothing: what arrives is told as time passes."""
+
     def promote(self, ticket: Ticket) -> None:
         self._queue.promote(ticket)
 

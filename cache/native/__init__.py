@@ -1,0 +1,1 @@
+"""Reading without the interpreter: a small C++ library that `cache.native_transfer` drives."""
