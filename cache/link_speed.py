@@ -56,7 +56,7 @@ class BusyRate:
         self._busy_s += max(0.0, ended - max(began, self._until))
         self._until = max(self._until, ended)
         self._nbytes += nbytes
-        if self._nbytes >= _SAMPLE_NBYTES and self._busy_s > 0:
+        if self._nbytes >= SAMPLE_NBYTES and self._busy_s > 0:
             rate = self._nbytes / self._busy_s
             self.average = rate if self.average is None else self.average + WEIGHT * (rate - self.average)
             self._nbytes, self._busy_s = 0, 0.0

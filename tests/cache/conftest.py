@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertStore
+from cache.native_transfer import NativeTransfer
 from cache.packed_file import write_packed_file
 from cache.slot_pool import SlotPool
 
@@ -44,8 +46,12 @@ def packed(tmp_path: Path) -> Path:
 class OpenCache:
     """A cache with the parts that tests look into."""
 
-    def __init__(self, path: Path, num_slots: int, **kwargs: object) -> None:
+    def __init__(self, path: Path, num_slots: int, *, is_native: bool = False, **kwargs: object) -> None:
         self.store = ExpertStore(path)
+        if is_native:
+            depth = kwargs.pop("num_io_threads", 4)
+            native = NativeTransfer(self.store, depth, link_bandwidth=kwargs.pop("link_bandwidth", None))  # type: ignore[arg-type]
+            kwargs |= {"transfer": native, "arrival": native.arrival}
         self.pool = SlotPool(num_slots, RECORD_NBYTES)
         self.cache = ExpertCache(self.store, self.pool, **kwargs)  # type: ignore[arg-type]
 
@@ -73,3 +79,9 @@ def open_cache(packed: Path) -> Iterator[Callable[..., OpenCache]]:
         one.cache.close()
         one.cache.check_integrity()
         one.store.close()
+
+
+@pytest.fixture(params=[False, True], ids=["python", "native"])
+def open_either(request: pytest.FixtureRequest, open_cache: Callable[..., OpenCache]) -> Callable[..., OpenCache]:
+    """As `open_cache`, once with each transfer engine."""
+    return partial(open_cache, is_native=request.param)

@@ -34,15 +34,16 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(
         num_slots=st.integers(8, 20),
         policy=st.sampled_from(sorted(POLICIES)),
-        host=st.sampled_from([None, False, True]),
+        host=st.sampled_from([None, False, True, "native"]),
     )
-    def open(self, num_slots: int, policy: str, host: bool | None) -> None:
+    def open(self, num_slots: int, policy: str, host: bool | str | None) -> None:
         from cache.expert_store import ExpertStore
         from cache.host_tier import HostTier
 
         path = write_records(Path(self.scratch.name) / "experts.safetensors")
-        tier = None if host is None else HostTier(ExpertStore(path), 5, exclusive=host)
-        self.one = OpenCache(path, num_slots, policy=policy, host=tier, num_io_threads=2)
+        tier = HostTier(ExpertStore(path), 5, exclusive=host) if isinstance(host, bool) else None
+        is_native = host == "native"
+        self.one = OpenCache(path, num_slots, is_native=is_native, policy=policy, host=tier, num_io_threads=2)
         self.num_queries = 0
 
     @precondition(lambda self: len(self.leases) == 0)
@@ -121,9 +122,9 @@ TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 
-@pytest.mark.parametrize("policy", ["lru", sorted(set(POLICIES) - {"lru"})[-1]])
-def test_many_threads_may_do_anything_at_any_time(open_cache, policy: str):
-    one = open_cache(6, policy=policy, num_io_threads=3)
+@pytest.mark.parametrize(("policy", "is_native"), [("lru", True), (sorted(set(POLICIES) - {"lru"})[-1], False)])
+def test_many_threads_may_do_anything_at_any_time(open_cache, policy: str, is_native: bool):
+    one = open_cache(6, policy=policy, num_io_threads=3, is_native=is_native)
     end = time.monotonic() + STRESS_SECONDS / 2
     failures: list[BaseException] = []
     num_leases = [0] * 8

@@ -17,8 +17,8 @@ def key(expert: int, layer: int = 0) -> ExpertKey:
     return ExpertKey(layer, expert)
 
 
-def test_what_was_used_is_resident_and_hits(open_cache):
-    one = open_cache(4)
+def test_what_was_used_is_resident_and_hits(open_either):
+    one = open_either(4)
     assert set(one.use(key(0), key(1))) == {key(0), key(1)}
     assert one.use(key(1)) == [key(1)]
     stats = one.cache.stats()
@@ -27,8 +27,8 @@ def test_what_was_used_is_resident_and_hits(open_cache):
     assert one.cache.resident() == {key(0), key(1)}
 
 
-def test_hits_and_misses_are_counted_by_phase(open_cache):
-    one = open_cache(4)
+def test_hits_and_misses_are_counted_by_phase(open_either):
+    one = open_either(4)
     one.use(key(0))
     with one.cache.acquire([key(0)], "prefill") as lease:
         list(lease.batches())
@@ -37,8 +37,8 @@ def test_hits_and_misses_are_counted_by_phase(open_cache):
     assert (stats.decode.queries, stats.decode.hits) == (1, 0)
 
 
-def test_the_policy_chooses_whom_to_evict(open_cache):
-    one = open_cache(2, policy="lru")
+def test_the_policy_chooses_whom_to_evict(open_either):
+    one = open_either(2, policy="lru")
     one.use(key(0))
     one.use(key(1))
     one.use(key(0))
@@ -47,16 +47,16 @@ def test_the_policy_chooses_whom_to_evict(open_cache):
     assert one.cache.stats().evictions == 1
 
 
-def test_an_expert_that_hits_is_not_evicted_for_a_miss_of_the_same_call(open_cache):
-    one = open_cache(2)
+def test_an_expert_that_hits_is_not_evicted_for_a_miss_of_the_same_call(open_either):
+    one = open_either(2)
     one.use(key(0))
     one.use(key(1))
     assert one.use(key(2), key(0))[0] == key(0)  # the least recent one, but pinned before the miss took a slot
     assert one.cache.resident() == {key(0), key(2)}
 
 
-def test_a_pinned_expert_is_never_evicted(open_cache):
-    one = open_cache(2)
+def test_a_pinned_expert_is_never_evicted(open_either):
+    one = open_either(2)
     with one.cache.acquire([key(0)]) as lease:
         list(lease.batches())
         one.use(key(1))
@@ -66,8 +66,8 @@ def test_a_pinned_expert_is_never_evicted(open_cache):
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 7])
-def test_experts_that_do_not_fit_are_computed_in_waves(open_cache, num_slots: int):
-    one = open_cache(num_slots)
+def test_experts_that_do_not_fit_are_computed_in_waves(open_either, num_slots: int):
+    one = open_either(num_slots)
     keys = [key(expert) for expert in range(8)]
     for _ in range(3):
         assert sorted(one.use(*keys)) == keys
@@ -100,8 +100,8 @@ def test_waiting_for_experts_is_counted_as_stall(open_cache, monkeypatch):
     assert one.cache.stats().decode.stall_s == before
 
 
-def test_a_lease_that_is_given_up_while_loading_leaves_the_books_right(open_cache):
-    one = open_cache(2)
+def test_a_lease_that_is_given_up_while_loading_leaves_the_books_right(open_either):
+    one = open_either(2)
     one.cache.acquire([key(0), key(1), key(2)]).release()
     assert one.use(key(3)) == [key(3)]
 
@@ -141,15 +141,15 @@ def test_a_read_that_fails_twice_ends_the_lease_with_the_record_named_and_hurts_
     assert one.cache.stats().read_errors == 3
 
 
-def test_an_unknown_policy_is_answered_with_the_known_ones(open_cache):
-    one = open_cache(2)
+def test_an_unknown_policy_is_answered_with_the_known_ones(open_either):
+    one = open_either(2)
     with pytest.raises(ValueError, match=r"unknown cache policy 'best'; known: "):
         ExpertCache(one.store, one.pool, "best")
 
 
 @pytest.mark.parametrize("num_slots", [1, 3, 12])
-def test_threads_that_lease_more_than_there_is_never_deadlock(open_cache, num_slots: int):
-    one = open_cache(num_slots)
+def test_threads_that_lease_more_than_there_is_never_deadlock(open_either, num_slots: int):
+    one = open_either(num_slots)
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -170,8 +170,8 @@ def test_threads_that_lease_more_than_there_is_never_deadlock(open_cache, num_sl
     assert failures == []
 
 
-def test_integrity_notices_a_pin_that_was_left(open_cache):
-    one = open_cache(2)
+def test_integrity_notices_a_pin_that_was_left(open_either):
+    one = open_either(2)
     lease = one.cache.acquire([key(0)])
     list(lease.batches())
     with pytest.raises(AssertionError, match="still pinned"):

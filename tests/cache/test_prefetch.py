@@ -41,8 +41,8 @@ class Gate:
         monkeypatch.setattr(one.store, "read_run", read_run)
 
 
-def test_a_prefetch_that_is_in_place_when_asked_for_is_a_useful_hit(open_cache):
-    one = open_cache(4)
+def test_a_prefetch_that_is_in_place_when_asked_for_is_a_useful_hit(open_either):
+    one = open_either(4)
     assert one.cache.prefetch([(key(0), 1.0), (key(1), 0.5)], distance=2) == 2
     wait_until(lambda: one.cache.resident() == {key(0), key(1)})
     assert one.use(key(0)) == [key(0)]
@@ -63,15 +63,15 @@ def test_a_prefetch_that_is_still_on_its_way_is_joined_and_late(open_cache, monk
     assert (stats.decode.joined, stats.fetches, stats.prefetch[1].late, stats.prefetch[1].useful) == (1, 1, 1, 0)
 
 
-def test_what_is_here_or_on_its_way_is_not_prefetched_again(open_cache):
-    one = open_cache(4)
+def test_what_is_here_or_on_its_way_is_not_prefetched_again(open_either):
+    one = open_either(4)
     one.use(key(0))
     assert one.cache.prefetch([(key(0), 1.0)], distance=1) == 0
     assert one.cache.stats().fetches == 1
 
 
-def test_an_unused_prefetch_that_is_evicted_is_wasted(open_cache):
-    one = open_cache(2)
+def test_an_unused_prefetch_that_is_evicted_is_wasted(open_either):
+    one = open_either(2)
     one.cache.prefetch([(key(0), 1.0)], distance=3)
     wait_until(lambda: key(0) in one.cache.resident())
     one.use(key(1))
@@ -148,8 +148,8 @@ def test_demand_takes_the_slot_of_a_prefetch_that_has_not_begun(open_cache, monk
     assert one.cache.stats().prefetch[1].cancelled == 1
 
 
-def test_a_prefetch_evicts_nothing_that_is_used_or_to_be_kept(open_cache):
-    one = open_cache(2)
+def test_a_prefetch_evicts_nothing_that_is_used_or_to_be_kept(open_either):
+    one = open_either(2)
     one.use(key(0))
     with one.cache.acquire([key(1)]) as lease:
         list(lease.batches())
@@ -239,8 +239,8 @@ def test_a_lease_fails_by_its_own_read_and_one_read_anew_is_all_it_gets(open_cac
     assert (reads.num_begun, one.cache.resident()) == (6, frozenset())
 
 
-def test_a_throttled_link_takes_its_time_one_record_after_the_other(open_cache):
-    one = open_cache(24, link_bandwidth=RECORD_NBYTES * 100)
+def test_a_throttled_link_takes_its_time_one_record_after_the_other(open_either):
+    one = open_either(24, link_bandwidth=RECORD_NBYTES * 100)
     started = time.monotonic()
     one.use(*KEYS[:10])
     assert time.monotonic() - started >= 0.099

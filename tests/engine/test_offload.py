@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -128,20 +129,38 @@ def test_a_packed_file_that_is_overwritten_while_in_use_fails_requests_until_it_
     assert answers(engine, requests) == expected
 
 
-@pytest.mark.parametrize(
-    ("failure", "why"),
-    [(OSError(errno.EIO, "Input/output error"), "disk read failed"), (0, "short read, 0 of")],
-)
-def test_a_disk_that_fails_fails_requests_and_only_while_it_does(offloaded, monkeypatch, failure, why: str):
-    engine, _, requests, expected = offloaded
+@contextmanager
+def reads_come_from(other: Path, path: Path):
+    """Every open descriptor of `path` is one of `other` meanwhile."""
+    links = {int(fd.name): fd for fd in Path("/proc/self/fd").iterdir()}
+    fds = [fd for fd, link in links.items() if link.is_symlink() and os.path.realpath(link) == str(path.resolve())]
+    assert fds
+    instead = os.open(other, os.O_RDONLY)
+    kept = {fd: os.dup(fd) for fd in fds}
+    try:
+        for fd in fds:
+            os.dup2(instead, fd)
+        yield
+    finally:
+        for fd, copy in kept.items():
+            os.dup2(copy, fd)
+            os.close(copy)
+        os.close(instead)
 
-    def fail(*args: object) -> int:
-        if isinstance(failure, OSError):
-            raise failure
-        return failure
 
-    with monkeypatch.context() as broken:
-        broken.setattr("os.preadv", fail)
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("why", ["disk read failed (Input/output error)", "short read, 0 of"])
+def test_a_disk_that_fails_fails_requests_and_only_while_it_does(
+    offloaded, make_engine, monkeypatch, tmp_path: Path, why: str, is_native: bool
+):
+    engine, path, requests, expected = offloaded
+    if not is_native:
+        monkeypatch.setattr("engine.loader.is_built", lambda: False)
+        engine = make_engine(engine.config.model, cache={"memory_nbytes": 4 * read_packed_header(path).record_nbytes})
+    empty = tmp_path / "empty"
+    empty.touch()
+    # the first pages of a process are never mapped: reading them through /proc fails as a broken disk does
+    with reads_come_from(Path("/proc/self/mem") if "disk" in why else empty, path):
         outputs = run_all(engine, requests)
     assert all(why in (parts[-1].error or "") for parts in outputs.values())
     assert engine.stats().expert_cache.read_errors > 0
