@@ -105,7 +105,7 @@ class CacheMachine(RuleBasedStateMachine):
         stats = self.one.cache.stats()
         assert stats.decode.queries == self.num_queries
         assert stats.num_slots_used <= stats.num_slots
-        if stats.waves == 0:  # else a prefetch on its way had a slot that a lease needed, which gave up what was computed
+        if stats.waves == 0:  # else a prefetch on its way had a slot that was needed for what is computed later
             for _, _, handed in self.leases:
                 assert handed <= self.one.cache.resident()  # what is leased stays
 
