@@ -19,6 +19,7 @@ from engine.build import Build
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
 from engine.expert_questions import ExpertQuestions
+from engine.grammar_trial import GrammarTrial
 from engine.link import EngineLink, ThreadLink
 from engine.live_checks import LiveChecks
 from engine.live_trace import LiveTrace
@@ -88,6 +89,7 @@ class AsyncEngine:
         self._trace = LiveTrace(self._send)
         self._checks = LiveChecks(self._send)
         self._questions = ExpertQuestions(self._send)
+        self._trial = GrammarTrial(lambda: self._tokenizer().to_json())
         self._stats = EngineStats(state="stopped")
         self._progress_at = 0.0  # the engine has told something, or been given its first request
         self._limit = config.scheduler.max_num_seqs + config.scheduler.waiting_limit
@@ -120,6 +122,7 @@ class AsyncEngine:
             self._state = "draining"
         while self._streams and self._state == "draining" and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        await self._trial.close()
         if self._link is None:
             return
         for request_id in self._streams:
@@ -160,10 +163,13 @@ class AsyncEngine:
         """
         self._require_ready()
         check_request(self.info, prompt_token_ids, params)
+        self._require_room()
+        if params.structure is not None:
+            params = msgspec.structs.replace(params, structure=await self._trial.passed(params.structure))
+            self._require_ready()
+            self._require_room()
         if request_id in self._streams:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
-        if len(self._streams) >= self._limit:
-            raise EngineOverloaded(f"the queue is full ({self._config.scheduler.waiting_limit} requests wait)")
         try:
             self._send(AddRequest(request_id, prompt_token_ids, params))
         except (ValueError, OverflowError, TypeError) as error:
@@ -242,6 +248,10 @@ class AsyncEngine:
     def _require_ready(self) -> None:
         if self._state != "ready":
             raise self._dead()
+
+    def _require_room(self) -> None:
+        if len(self._streams) >= self._limit:
+            raise EngineOverloaded(f"the queue is full ({self._config.scheduler.waiting_limit} requests wait)")
 
     def _tokenizer(self) -> Tokenizer:
         if self._link is None:

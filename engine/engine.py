@@ -20,6 +20,7 @@ from engine.admission import check_request
 from engine.block_manager import BlockManager
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
+from engine.constraints import Constraints, spoiled_by
 from engine.convert import Progress
 from engine.detokenizer import Detokenizer
 from engine.device_experts import DeviceExperts, device_room, open_named
@@ -47,6 +48,8 @@ from engine.tokenizer import TokenDecoder, Tokenizer
 from kernels.backend import Backend, choose_backend
 
 _log = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.01  # for a grammar, where there is nothing else to do
 
 
 class Engine:
@@ -118,6 +121,9 @@ class Engine:
         )
         self._eos_token_ids = frozenset(checkpoint.eos_token_ids() or _as_ids(self.tokenizer.eos_token_id))
         self._sampler = Sampler(sorted(self._eos_token_ids))
+        self._constraints = Constraints(
+            self.tokenizer.to_json, spec.vocab_size, sorted(self._eos_token_ids), num_threads
+        )
         self._requests: dict[str, Request] = {}
         self._num_requests = 0
         self._seeds = secrets.SystemRandom() if config.seed is None else _SeedSequence(config.seed)
@@ -166,7 +172,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._constraints.waiting)
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raise `InvalidRequest` if this model cannot serve this request. Reads nothing that a step changes."""
@@ -200,13 +206,15 @@ class Engine:
             self._live.request_begins(request.number, prompt_token_ids)
         self._requests[request_id] = request
         self._counts["prompt_tokens_total"] += request.num_prompt_tokens
-        self.scheduler.add(request)
+        if self._constraints.admit(request):
+            self.scheduler.add(request)
 
     def abort_request(self, request_id: str) -> None:
         """Forget a request wherever it is; one that is unknown or done is not an error."""
         request = self._requests.pop(request_id, None)
         if request is not None:
-            self.scheduler.remove(request)
+            if not self._constraints.drop(request):
+                self.scheduler.remove(request)
             if self._experts is not None:
                 self._experts.cache.ended(request.number)
             self._observers.request_ends(request.number)
@@ -215,6 +223,11 @@ class Engine:
         """Compute one step and return what is new of each request that got a token or ended."""
         clock = time.perf_counter
         scheduled_from = clock()
+        compiled, refused = self._constraints.compiled(0.0 if self.scheduler.has_work else _IDLE_WAIT_S)
+        for request in (*compiled, *(request for request, _ in refused)):
+            self.scheduler.add(request)
+        if refused:
+            return [self._fail(request, why) for request, why in refused]
         output = self.scheduler.schedule()
         if not output.num_tokens:
             return []
@@ -239,8 +252,12 @@ class Engine:
         )
         self.scheduler.update(output)
         sampled_from = clock()
-        sampled = self._sampler.sample(logits, sampled_requests)
-        results = [self._append(request, token) for request, token in zip(sampled_requests, sampled, strict=True)]
+        constrained, spoiled = self._constraints.constrain(logits, sampled_requests)
+        sampled = self._sampler.sample(logits, sampled_requests, constrained)
+        results = [
+            self._fail(request, spoiled[request]) if request in spoiled else self._append(request, token)
+            for request, token in zip(sampled_requests, sampled, strict=True)
+        ]
         results += [self._output(request, "", [], None) for request in output.num_tokens if request.new_scores]
         self._counts["steps_total"] += 1
         ended = clock()
@@ -292,7 +309,7 @@ class Engine:
         return EngineStats(
             state="ready",
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + len(self._constraints.waiting),
             kv_blocks=self._blocks.num_blocks,
             kv_blocks_used=self._blocks.num_used,
             prompt_tokens_total=self._counts["prompt_tokens_total"],
@@ -316,7 +333,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise `AssertionError` if requests, blocks or expert slots do not add up. Between steps only."""
         self.scheduler.check_integrity()
-        if set(self._requests.values()) != set(self.scheduler.requests):
+        if set(self._requests.values()) != {*self.scheduler.requests, *self._constraints.waiting}:
             raise AssertionError("the engine and the scheduler know different requests")
         if self._experts is not None:
             self._experts.cache.check_integrity()
@@ -324,6 +341,7 @@ class Engine:
     def close(self) -> None:
         """Write the recorded trace, if any, and end the I/O threads."""
         self.recordings.close()
+        self._constraints.close()
         if self._experts is not None:
             self._experts.cache.close()
         if self._device is not None:
@@ -338,14 +356,17 @@ class Engine:
         stop_reason: int | str | None = None
         finish: FinishReason | None = None
         text = ""
-        is_eos = token.token_id in self._eos_token_ids and not params.ignore_eos
+        matcher = request.matcher
+        is_eos = token.token_id in self._eos_token_ids and (not params.ignore_eos or matcher is not None)
         if is_eos or token.token_id in params.stop_token_ids:
             finish = "stop"
             stop_reason = None if is_eos else token.token_id
+        elif matcher is not None and not matcher.consume_token(token.token_id):
+            return self._fail(request, spoiled_by(request))
         else:
             may_stop = request.num_output_tokens >= params.min_tokens
             text = request.detokenizer.push(token.token_id, may_stop=may_stop)
-            if request.detokenizer.stop_string is not None:
+            if request.detokenizer.stop_string is not None or (matcher is not None and matcher.is_stopped()):
                 finish = "stop"
             elif request.num_tokens >= request.max_num_tokens:
                 finish = "length"

@@ -28,3 +28,6 @@ class NumberTokenizer(Tokenizer):
 
     def token_bytes(self, token_id: int) -> bytes:
         return f" {token_id}".encode()
+
+    def to_json(self) -> str:
+        raise ValueError("a model of random weights has no text that could have a structure")

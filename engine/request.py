@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.detokenizer import Detokenizer
 from engine.messages import FinishReason
 from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +36,7 @@ class Request:
     was_scheduled: bool = False
     num_scored: int = 0  # prompt tokens, from the second on, whose log-probabilities are known
     new_scores: list[list[tuple[int, float]]] = field(default_factory=list)  # of prompt tokens, not told yet
+    matcher: LLMatcher | None = None  # of a structured answer, where it stands after the output so far
     finish_reason: FinishReason | None = None
 
     @property

@@ -29,21 +29,27 @@ class Sampler:
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._eos_token_ids = list(eos_token_ids)
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
-        """float32 logits [n, V], one row a request -> one token each. `logits` is not changed."""
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], constrained: Tensor | None = None
+    ) -> list[SampledToken]:
+        """float32 logits [n, V], one row a request -> one token each. `logits` is not changed.
+
+        `constrained`: the same but minus infinity for tokens that may not come next; log-probabilities are of `logits`.
+        """
         if not requests:
             return []
-        greedy_ids = logits.argmax(-1).tolist()
+        allowed = logits if constrained is None else constrained
+        greedy_ids = allowed.argmax(-1).tolist()
         return [
-            self._sample_row(row, request, greedy_id)
-            for row, request, greedy_id in zip(logits, requests, greedy_ids, strict=True)
+            self._sample_row(row, allowed_row, request, greedy_id)
+            for row, allowed_row, request, greedy_id in zip(logits, allowed, requests, greedy_ids, strict=True)
         ]
 
-    def _sample_row(self, row: Tensor, request: Request, greedy_id: int) -> SampledToken:
+    def _sample_row(self, row: Tensor, allowed: Tensor, request: Request, greedy_id: int) -> SampledToken:
         params = request.params
-        adjusted = self._adjust(row, request)
+        adjusted = self._adjust(allowed, request)
         if params.greedy:
-            token_id = greedy_id if adjusted is row else int(adjusted.argmax())
+            token_id = greedy_id if adjusted is allowed else int(adjusted.argmax())
         else:
             token_id = _draw(adjusted, request)
         return SampledToken(token_id, None if params.logprobs is None else _logprobs(row, token_id, params.logprobs))
@@ -67,10 +73,14 @@ class Sampler:
             adjusted = adjusted.clone() if adjusted is row else adjusted
             times = torch.tensor(list(counts.values()), dtype=row.dtype)
             adjusted[torch.tensor(list(counts))] -= params.presence_penalty + params.frequency_penalty * times
-        if request.num_output_tokens < params.min_tokens:
-            adjusted = adjusted.clone() if adjusted is row else adjusted
-            ends = [token_id for token_id in (*self._eos_token_ids, *params.stop_token_ids) if token_id < len(row)]
-            adjusted[ends] = float("-inf")
+        too_early = request.num_output_tokens < params.min_tokens
+        if too_early or (params.ignore_eos and request.matcher is not None):
+            ends = (*self._eos_token_ids, *params.stop_token_ids) if too_early else self._eos_token_ids
+            going_on = adjusted.clone()
+            going_on[[token_id for token_id in ends if token_id < len(row)]] = float("-inf")
+            # a grammar may allow nothing but the end
+            if request.matcher is None or bool((going_on > float("-inf")).any()):
+                adjusted = going_on
         return adjusted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
@@ -10,6 +11,20 @@ from engine.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STRUCTURE_CHARS = 1024**2
+
+
+class Structure(msgspec.Struct, frozen=True, kw_only=True):
+    """What the whole text of an answer must be.
+
+    `source` is by `kind` the text of a JSON schema, a regular expression (Rust's syntax, of the whole text), a JSON
+    list of texts of which one is chosen, a Lark or GBNF grammar; or one of these as `engine.grammar.prepared`.
+    """
+
+    kind: Literal["json", "regex", "choice", "grammar", "llguidance"]
+    source: str
+    param: str  # what the client calls it
+    nbytes: int = 0  # that it takes compiled, where this has been measured
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +51,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None  # number of alternatives beside the chosen token; None: no log-probabilities
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
     skip_special_tokens: bool = True
+    # The text obeys it until it is cut by max_tokens, a stop string or a stop id. It ends with it too: min_tokens and
+    # ignore_eos only keep it from ending where it could go on.
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 0:

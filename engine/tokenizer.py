@@ -22,6 +22,8 @@ class TokenDecoder(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def to_json(self) -> str: ...
+
 
 class Tokenizer:
     """A fast Hugging Face tokenizer. Calls may come from several threads at once."""
@@ -72,6 +74,14 @@ class Tokenizer:
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
         return self.encode(text, add_special_tokens=False)
+
+    def to_json(self) -> str:
+        """As tokenizer.json has it, with the tokens that the model's other files add; without padding."""
+        copied = type(self._fast).from_str(self._fast.to_str())
+        copied.no_padding()
+        copied.no_truncation()
+        text: str = copied.to_str()
+        return text
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
