@@ -29,6 +29,7 @@ class CacheBooks:
         self._record_nbytes = record_nbytes
         self.phases: dict[Phase, PhaseCounters] = {"prefill": PhaseCounters(), "decode": PhaseCounters()}
         self.num_waves = 0
+        self.num_on_cpu = 0  # experts that were not on the device, and computed where they lay
         self.unique_experts = SizeHistogram(UNIQUE_EXPERTS)
         self.lifetimes = Lifetimes()
         self._below: dict[Phase, PhaseCounters] = {"prefill": PhaseCounters(), "decode": PhaseCounters()}
@@ -81,7 +82,7 @@ class CacheBooks:
             "prefetch": self._num_used_ahead + self._num_late,
             "host": num_from_host,
             "disk": sum(counters.queries for counters in below.values()) - num_from_host,
-            "cpu_compute": 0,  # the top tier is where all is computed
+            "cpu_compute": self.num_on_cpu,
         }
         return CacheStats(
             prefill=self.phases["prefill"].snapshot(),

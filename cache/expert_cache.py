@@ -188,6 +188,11 @@ class ExpertCache:
         if self._oracle is not None:
             self._oracle.step_ended(seconds)
 
+    def computed_on_cpu(self, num_experts: int) -> None:
+        """So many missing experts of a layer call were not asked for, but computed in the tier below."""
+        with self._changed:
+            self._books.num_on_cpu += num_experts
+
     def missing(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Those that are neither here nor on their way."""
         with self._changed:

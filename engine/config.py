@@ -46,6 +46,7 @@ class CacheConfig:
     predictor: str = "auto"  # what is read ahead by: a name in engine.foresight.PREDICTORS
     host_memory_nbytes: int | None = None  # a tier between disk and the top one; None: there is none
     exclusive_tiers: bool = False  # what is in the top tier is not in the host tier too
+    cpu_experts: bool = False  # on a device: what is missing there may be computed on the CPU, by its own rounding
     link_bandwidth: float | None = None  # bytes/s: the tier below behaves like a link of that speed
     packed_dir: Path | None = None  # where packed experts are kept; None: beside the checkpoint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 from cache.device import open_device
 from cache.device.device import Device, DeviceOutOfMemory, DeviceUnavailable
@@ -15,7 +16,9 @@ from cache.transfer import TransferEngine
 from cache.transfer_queue import TOGETHER_NBYTES
 from engine.config import CacheConfig, format_nbytes
 from engine.errors import ConfigError
+from engine.layers.cpu_experts import CpuExperts
 from engine.layers.moe import ExpertArena
+from kernels.backend import Backend
 from kernels.quant.layout import RecordLayout
 
 _log = logging.getLogger(__name__)
@@ -63,6 +66,10 @@ class DeviceExperts(ExpertArena):
             device.name,
             format_nbytes(self.tier.num_slots * layout.nbytes),
         )
+
+    def share_with_cpu(self, backend: Backend, lock: threading.Lock | None = None) -> None:
+        """Missing experts may be computed by this backend of the CPU; see `CpuExperts`."""
+        self.on_cpu = CpuExperts(self.cache, self.tier, backend, self.records.layout, lock)
 
 
 def device_room(device: Device, kv_nbytes: int, dense_nbytes: int) -> int:

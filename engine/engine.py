@@ -98,8 +98,13 @@ class Engine:
             self._experts = open_experts(checkpoint, config.cache, available, progress, device=self._device)
         waiter = None
         if isinstance(self._device, SimDevice) and isinstance(self._experts, DeviceExperts):
-            backend = StreamBackend(backend, self._device, self._experts.pool.region)
+            on_stream = StreamBackend(backend, self._device, self._experts.pool.region)
+            if config.cache.cpu_experts:
+                self._experts.share_with_cpu(backend, on_stream.one_at_a_time)
+            backend = on_stream
             waiter = StepEnd(self._device)
+        elif config.cache.cpu_experts:
+            raise ConfigError("experts are computed on the CPU anyway: leave out --cpu-experts, or name a device")
         foresight = make_foresight(config, spec, self._experts, checkpoint, backend)
         self._live = None if config.scheduler.policy == "fcfs" else _live_experts(spec, self._experts)
         self._observers = Observers([one for one in (waiter, foresight, self._live, observer) if one is not None])
@@ -343,7 +348,7 @@ class Engine:
         self.recordings.close()
         self._constraints.close()
         if self._experts is not None:
-            self._experts.cache.close()
+            self._experts.close()
         if self._device is not None:
             self._device.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from engine.batch import Batch
+from engine.layers.cpu_experts import CpuExperts
 from engine.layers.foresight import RoutingObserver
 from kernels.backend import Backend, MlpKernel, Records, RouterKernel, Routing
 from kernels.quant.layout import RecordLayout
@@ -32,6 +34,7 @@ class ExpertArena:
     def __init__(self, cache: ExpertCache, arena: Tensor, num_slots: int, layout: RecordLayout) -> None:
         """`arena`, uint8, are the bytes of all slots, one after the other."""
         self.cache = cache
+        self.on_cpu: CpuExperts | None = None  # computes some of the missing ones
         self.records = Records(layout, list(arena.view(num_slots, -1)))
         self._memory = self._outputs = torch.empty(0, layout.hidden_size, device=arena.device)
 
@@ -42,6 +45,12 @@ class ExpertArena:
                 self._memory = torch.empty(num_rows, self.records.layout.hidden_size, device=self._memory.device)
             self._outputs = self._memory[:num_rows]
         return self._outputs
+
+    def close(self) -> None:
+        """Finish what is under way and end the threads."""
+        if self.on_cpu is not None:
+            self.on_cpu.close()
+        self.cache.close()
 
 
 class Router(Protocol):
@@ -110,6 +119,10 @@ class MoELayer:
         backend, records, cache = self._backend, self._experts.records, self._experts.cache
         if not cache.holds_all:
             cache.observe(keys[0].layer, batch.requests, routing.ids.tolist(), is_prefill=batch.phase == "prefill")
+        elsewhere: Future[None] | None = None
+        if self._experts.on_cpu is not None and (chosen := self._experts.on_cpu.choose(routing, keys)):
+            elsewhere = self._experts.on_cpu.begin(x, routing, chosen, outputs)
+            keys = [key for key in keys if key not in chosen]
         at_once = False
         try:
             with cache.acquire(keys, batch.phase) as lease:
@@ -117,10 +130,13 @@ class MoELayer:
                     self._observer.layer_begins(self._index, x, routing, batch)
                 for found in lease.batches():
                     ready = [(key.expert, slot) for key, slot in found]
-                    at_once = len(ready) == len(keys)
+                    at_once = len(ready) == len(routing.experts)
                     backend.expert_mlp(x, routing, records, ready, outputs, add_to=residual if at_once else None)
         except ExpertReadError as error:
             raise ExpertFailure(routing.tokens_of(error.key.expert), error) from error
+        finally:
+            if elsewhere is not None:
+                elsewhere.result()
         if not at_once:
             backend.combine(outputs, routing.weights, add_to=residual)
         if self._shared is not None:
