@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from statistics import median
 
 from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from cache.link_speed import WEIGHT
+from cache.trials import Trials
 
 Candidate = tuple[ExpertKey, float]  # probability that the layer asks for it
 
 _WAITED = 0.02  # share of the time that compute has to wait before anything is foretold
 _STALL_WEIGHT = 0.1  # of the last step in that share
 _REVIEW = 32  # steps between two looks at what became of prefetches
-_TURN, _NUM_TURNS = 8, 3  # steps with or without foretelling in a trial, and how often each has its turn
-_STAY = 512  # steps until the next trial
 _FLOORS = (0.3, 0.95)  # of the probability that is asked for
 _FIRST_FLOOR = 0.5
 _MAY_WASTE = 0.3  # share of the bytes: above it more probability is asked for
@@ -41,7 +39,7 @@ class Prefetcher:
         self._reviewed = (0, 0)  # used, wasted at the last review
         self._num_steps = 0
         self._stall_share = 0.0
-        self._trials = _Trials()
+        self._trials = Trials()
         self._began = (clock(), cache.stall_s)  # of this step: time and stall
 
     def layer_begins(self, index: int) -> None:
@@ -67,12 +65,12 @@ class Prefetcher:
         share = (self._cache.stall_s - stalled) / max(seconds, 1e-9)
         self._stall_share += (share - self._stall_share) * _STALL_WEIGHT
         if num_rows and self._stall_share > _WAITED:
-            self._trials.add(seconds, num_rows)
+            self._trials.add(seconds / num_rows)
         self._review()
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether to foretell in this step: compute has waited, and steps were no slower with than without."""
+        """Whether to foretell in this step: compute has waited, and steps are faster for it or that is being tried."""
         return self._stall_share > _WAITED and self._trials.is_on
 
     def cancel(self, layer: int, but: Collection[ExpertKey]) -> None:
@@ -150,32 +148,3 @@ class Prefetcher:
             self.floor = min(high, self.floor * 1.5)
         else:
             self.floor = max(low, self.floor / 1.2)
-
-
-class _Trials:
-    """Takes turns with and without, then stays with what was faster for a while, and tries again."""
-
-    def __init__(self) -> None:
-        self.is_on = True
-        self._left = _TURN  # steps of this turn
-        self._turns = 2 * _NUM_TURNS  # of the trial still to come, this one among them
-        self._times: dict[bool, list[float]] = {True: [], False: []}  # of steps, for each row
-
-    def add(self, seconds: float, num_rows: int) -> None:
-        """A step has taken so long."""
-        if self._turns:
-            self._times[self.is_on].append(seconds / num_rows)
-        self._left -= 1
-        if self._left > 0:
-            return
-        if self._turns > 1:
-            self._turns -= 1
-            self._left, self.is_on = _TURN, not self.is_on
-        elif self._turns == 1:
-            self._turns = 0
-            self._left = _STAY
-            self.is_on = median(self._times[True]) < median(self._times[False])
-        else:
-            self._turns = 2 * _NUM_TURNS
-            self._left, self.is_on = _TURN, True
-            self._times = {True: [], False: []}

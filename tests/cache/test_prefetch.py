@@ -310,8 +310,11 @@ def test_nothing_is_foretold_where_compute_does_not_wait(open_cache, monkeypatch
     steps = Steps(open_cache(4), monkeypatch)
     steps.end(10, waits=0.0)
     assert not steps.prefetcher.is_worth_it
-    steps.end(2)
-    assert steps.prefetcher.is_worth_it
+    seen = set()
+    for _ in range(8):
+        steps.end()
+        seen.add(steps.prefetcher.is_worth_it)
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("is_used", [True, False])
@@ -330,19 +333,14 @@ def test_waste_raises_the_bar_and_use_lowers_it(open_cache, monkeypatch, is_used
 
 
 @pytest.mark.parametrize("with_it", [0.8, 1.3])
-def test_foretelling_goes_on_where_steps_are_faster_with_it_and_is_tried_again_where_not(
-    open_cache, monkeypatch, with_it: float
-):
+def test_steps_foretell_where_they_are_faster_with_it_and_else_hardly_ever(open_cache, monkeypatch, with_it: float):
     steps = Steps(open_cache(2), monkeypatch)
-    steps.end(60, with_it=with_it)  # six turns of eight
-    for _ in range(400):
-        assert steps.prefetcher.is_worth_it == (with_it < 1.0)
+    chosen = []
+    for _ in range(600):
+        chosen.append(steps.prefetcher.is_worth_it)
         steps.end(with_it=with_it)
-    seen = set()
-    for _ in range(200):
-        seen.add(steps.prefetcher.is_worth_it)
-        steps.end(with_it=with_it)
-    assert seen == {True, False}
+    assert set(chosen[-200:]) == {True, False}  # what is slower is still tried: loads change
+    assert (sum(chosen) > 300) == (with_it < 1.0)
 
 
 def test_the_certain_are_kept_short_in_the_queue_and_all_come_in_the_end(open_cache, monkeypatch):
