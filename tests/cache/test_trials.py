@@ -1,0 +1,50 @@
+"""Trials cost little, find what is faster, and notice when that changes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from cache.trials import Trials
+
+
+def run(
+    trials: Trials, num_steps: int, times: dict[bool, float], noise: float = 0.0, seed: int = 0
+) -> tuple[float, int]:
+    """-> seconds that the steps took, and how many were on."""
+    rng = random.Random(seed)
+    total, num_on = 0.0, 0
+    for _ in range(num_steps):
+        seconds = times[trials.is_on] * rng.uniform(1 - noise, 1 + noise)
+        total += seconds
+        num_on += trials.is_on
+        trials.add(seconds)
+    return total, num_on
+
+
+@pytest.mark.parametrize("slower", [1.05, 1.5, 4.0])
+def test_a_way_that_is_slower_costs_no_more_than_two_percent_beyond_its_first_turn(slower: float):
+    total, num_on = run(Trials(), 2000, {False: 1.0, True: slower})
+    assert num_on >= 2
+    assert total <= 2000 * 1.02 + 2 * (slower - 1)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_a_way_that_is_faster_is_found_within_a_few_steps(noise: float):
+    total, _ = run(Trials(), 400, {False: 1.0, True: 0.7}, noise)
+    assert total < 0.76 * 400
+
+
+def test_what_becomes_faster_later_is_noticed():
+    trials = Trials()
+    run(trials, 500, {False: 1.0, True: 1.5})
+    _, num_on = run(trials, 500, {False: 1.0, True: 0.6})
+    assert num_on > 250
+    _, num_on = run(trials, 1000, {False: 1.0, True: 1.5})
+    assert num_on < 300
+
+
+def test_noise_alone_does_not_cost_much():
+    total, _ = run(Trials(), 2000, {False: 1.0, True: 1.1}, noise=0.4, seed=3)
+    assert total <= 2000 * 1.06
