@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import msgspec
 from fastapi import FastAPI
@@ -53,8 +55,14 @@ def create_app(
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """An application that shares nothing with any other. `engine` may still be loading."""
-    metrics = ServerMetrics(settings.served_names[0], engine.stats, vllm_names=settings.metrics_compat == "vllm")
-    ctx = AppContext(engine, settings, metrics, lifecycle or Lifecycle(), clock=clock)
+    lifecycle = lifecycle or Lifecycle()
+    metrics = ServerMetrics(
+        settings.served_names[0],
+        engine.stats,
+        vllm_names=settings.metrics_compat == "vllm",
+        startup_s=lambda: lifecycle.startup_s,
+    )
+    ctx = AppContext(engine, settings, metrics, lifecycle, clock=clock)
     app = FastAPI(
         title="Foregate",
         version=VERSION,
@@ -62,6 +70,7 @@ def create_app(
         docs_url=None,  # server.routes.docs is ours
         redoc_url=None,
         redirect_slashes=False,
+        lifespan=lambda _: _watched(metrics),
     )
     for make_router in ROUTERS.values():
         app.include_router(make_router(ctx))
@@ -74,10 +83,22 @@ def create_app(
     return app
 
 
+@asynccontextmanager
+async def _watched(metrics: ServerMetrics) -> AsyncIterator[None]:
+    """While the application is served, its event loop is watched."""
+    watching = asyncio.ensure_future(metrics.watch_event_loop())
+    try:
+        yield
+    finally:
+        watching.cancel()
+
+
 def _answer_errors(app: FastAPI, metrics: ServerMetrics) -> None:
     async def answer(request: Request, exc: Exception) -> Response:
         if isinstance(exc, EngineOverloaded):
             metrics.reject("queue_full")
+        if isinstance(exc, EngineDead):
+            metrics.reject("dead")
         if isinstance(exc, GenerationFailed):
             record_of(request).finish_reason = "error"
         return as_api_error(exc).response()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 
 from engine.errors import EngineDead
@@ -23,6 +25,11 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.draining = False
+        self.startup_s: float | None = None  # from the process's start until the engine was ready
+
+    def loaded(self) -> None:
+        """The engine is ready for the first time."""
+        self.startup_s = _process_age_s()
 
 
 class SeenNames:
@@ -83,3 +90,13 @@ class AppContext:
         info = self.engine.info
         text = f"{VERSION} {info.name} {info.model_type} {info.dtype} {info.expert_format}"
         return f"fg_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _process_age_s() -> float | None:
+    """None where the system does not tell."""
+    try:
+        stat = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        return None
+    started_s = float(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # field 22, since boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s

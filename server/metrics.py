@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -11,6 +12,7 @@ from prometheus_client.samples import Sample
 
 from engine.messages import EngineStats, RequestOutput
 from server.engine_metrics import engine_families, vllm_gauges
+from server.families import Families
 
 TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -24,13 +26,29 @@ E2E_BUCKETS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+LOOP_LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 LABELS = ("model_name", "engine")
+REJECTIONS = (
+    "queue_full",
+    "loading",
+    "restarting",
+    "draining",
+    "dead",
+)  # told as 0 from the start, so that the first one is seen
 
 
 class ServerMetrics:
     """One application's families in a registry of its own."""
 
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats], *, vllm_names: bool) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        stats: Callable[[], EngineStats],
+        *,
+        vllm_names: bool,
+        startup_s: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """`stats` and `startup_s` are asked at each scrape."""
         self.labels = {"model_name": model_name, "engine": "0"}
         self._requests = Counter(
             "foregate_requests",
@@ -41,6 +59,16 @@ class ServerMetrics:
         self._rejections = Counter(
             "foregate_admission_rejections", "Requests turned away with 503", (*LABELS, "reason"), registry=None
         )
+        for reason in REJECTIONS:
+            self._rejections.labels(**self.labels, reason=reason)
+        loop_lag = Histogram(
+            "foregate_event_loop_lag_seconds",
+            "How late the server's event loop wakes up, looked at ten times a second",
+            LABELS,
+            buckets=LOOP_LAG_BUCKETS,
+            registry=None,
+        )
+        self._loop_lag = loop_lag.labels(**self.labels)
         latencies = [
             Histogram(f"foregate_{name}", text, LABELS, buckets=buckets, registry=None)
             for name, text, buckets in (
@@ -51,8 +79,8 @@ class ServerMetrics:
         ]
         self.ttft, self.inter_token, self.e2e = (family.labels(**self.labels) for family in latencies)
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(_Own([self._requests, self._rejections, *latencies]))
-        self.registry.register(_EngineCollector(self.labels, stats, vllm_names=vllm_names))
+        self.registry.register(_Own([self._requests, self._rejections, loop_lag, *latencies]))
+        self.registry.register(_EngineCollector(self.labels, stats, startup_s, vllm_names=vllm_names))
         if vllm_names:
             self.registry.register(_Renamed(latencies))
 
@@ -63,6 +91,14 @@ class ServerMetrics:
 
     def reject(self, reason: str) -> None:
         self._rejections.labels(**self.labels, reason=reason).inc()
+
+    async def watch_event_loop(self, interval_s: float = 0.1) -> None:
+        """Measure how late the running loop wakes up, until cancelled."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            due = clock() + interval_s
+            await asyncio.sleep(interval_s)
+            self._loop_lag.observe(max(0.0, clock() - due))
 
 
 class RequestTimer:
@@ -120,13 +156,25 @@ class _Renamed(_Own):
 
 
 class _EngineCollector(Collector):
-    def __init__(self, labels: dict[str, str], stats: Callable[[], EngineStats], *, vllm_names: bool) -> None:
+    def __init__(
+        self,
+        labels: dict[str, str],
+        stats: Callable[[], EngineStats],
+        startup_s: Callable[[], float | None],
+        *,
+        vllm_names: bool,
+    ) -> None:
         self._labels = labels
         self._stats = stats
+        self._startup_s = startup_s
         self._vllm_names = vllm_names
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         yield from engine_families(stats, self._labels)
+        if (startup_s := self._startup_s()) is not None:
+            yield Families(self._labels).gauge(
+                "foregate_startup_seconds", "From the start of the server's process until it was ready", startup_s
+            )
         if self._vllm_names:
             yield from vllm_gauges(stats, self._labels)

@@ -85,6 +85,7 @@ async def serve(
             loading.cancel()
             return False
         loading.result()
+        lifecycle.loaded()
         host, port = listener.getsockname()[:2]
         _log.info("ready: http://%s:%d/v1 serves %s", f"[{host}]" if ":" in host else host, port, engine.info.name)
         await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -111,7 +112,7 @@ async def _drain(
 def _config(app: ASGIApp, times: ShutdownTimes) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        lifespan="off",
+        lifespan="on",
         ws="none",
         log_config=None,
         server_header=False,

@@ -12,6 +12,7 @@ import pytest
 
 from server import cli
 from server.app import create_app
+from server.context import Lifecycle
 from server.settings import AppSettings
 from tests.server.fake_engine import FakeEngine
 
@@ -26,8 +27,9 @@ async def connect(engine: FakeEngine) -> AsyncIterator[Callable[..., httpx.Async
     """`connect(**settings)` -> a client of a new application."""
     clients: list[httpx.AsyncClient] = []
 
-    def make(**settings: Any) -> httpx.AsyncClient:
-        app = create_app(engine, AppSettings(**{"served_names": ("fake", "org/alias"), **settings}))
+    def make(lifecycle: Lifecycle | None = None, **settings: Any) -> httpx.AsyncClient:
+        settings = {"served_names": ("fake", "org/alias"), **settings}
+        app = create_app(engine, AppSettings(**settings), lifecycle=lifecycle)
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", trust_env=False)
         clients.append(client)
         return client

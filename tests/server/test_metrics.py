@@ -2,62 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from cache.stats import CacheStats, PhaseStats, PrefetchStats
+from cache.histogram import HistogramStats
+from cache.stats import (
+    HELD_S,
+    READ_S,
+    RECALL,
+    UNIQUE_EXPERTS,
+    CacheStats,
+    LinkStats,
+    OracleStats,
+    PhaseStats,
+    PrefetchStats,
+)
 from engine.errors import EngineOverloaded
-from engine.messages import EngineStats
+from engine.messages import BATCH_TOKENS, STEP_S, EngineStats
+from server.context import Lifecycle
+from server.metrics import REJECTIONS, ServerMetrics
 from tests.server.fake_engine import FakeEngine, Script, Token
 
 COMMON = ("engine", "model_name")
-GOLDEN: dict[str, tuple[str, tuple[str, ...]]] = {
-    "foregate_requests": ("counter", ("code", "endpoint", "finish_reason", "stream")),
-    "foregate_admission_rejections": ("counter", ("reason",)),
-    "foregate_time_to_first_token_seconds": ("histogram", ()),
-    "foregate_inter_token_latency_seconds": ("histogram", ()),
-    "foregate_e2e_request_latency_seconds": ("histogram", ()),
-    "foregate_expert_cache_queries": ("counter", ("phase", "tier")),
-    "foregate_expert_cache_hits": ("counter", ("phase", "tier")),
-    "foregate_expert_fetches": ("counter", ("source",)),
-    "foregate_expert_prefetch": ("counter", ("outcome",)),
-    "foregate_link_bandwidth_bytes_per_second": ("gauge", ("link",)),
-    "foregate_expert_transfer_bytes": ("counter", ("kind", "link")),
-    "foregate_expert_stall_seconds": ("counter", ("phase",)),
-    "foregate_expert_evictions": ("counter", ("reason",)),
-    "foregate_expert_cache_slots": ("gauge", ("tier",)),
-    "foregate_expert_cache_slots_used": ("gauge", ("tier",)),
-    "foregate_expert_cache_capacity_bytes": ("gauge", ("tier",)),
-    "foregate_expert_cache_used_bytes": ("gauge", ("tier",)),
-    "foregate_num_requests_running": ("gauge", ()),
-    "foregate_num_requests_waiting": ("gauge", ()),
-    "foregate_kv_cache_blocks": ("gauge", ()),
-    "foregate_kv_cache_blocks_used": ("gauge", ()),
-    "foregate_prefix_cache_queries": ("counter", ()),
-    "foregate_prefix_cache_hits": ("counter", ()),
-    "foregate_prompt_tokens": ("counter", ()),
-    "foregate_generation_tokens": ("counter", ()),
-    "foregate_preemptions": ("counter", ()),
-    "foregate_scheduler_passes_over": ("counter", ()),
-    "foregate_engine_steps": ("counter", ()),
-    "foregate_engine_state": ("gauge", ("state",)),
-    "foregate_engine_last_step_age_seconds": ("gauge", ()),
-    "vllm:time_to_first_token_seconds": ("histogram", ()),
-    "vllm:inter_token_latency_seconds": ("histogram", ()),
-    "vllm:e2e_request_latency_seconds": ("histogram", ()),
-    "vllm:num_requests_running": ("gauge", ()),
-    "vllm:num_requests_waiting": ("gauge", ()),
-    "vllm:kv_cache_usage_perc": ("gauge", ()),
-}
-BUCKETS = {
-    "time_to_first_token_seconds": ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160 640 2560",
-    "inter_token_latency_seconds": ".001 .0025 .005 .01 .025 .05 .075 .1 .15 .2 .3 .4 .5 .75 1 2.5 5 7.5 10 20 40 80",
-    "e2e_request_latency_seconds": ".3 .5 .8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680",
-}
+GOLDEN = Path(__file__).with_name("metrics.golden")
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -76,86 +51,170 @@ def values(family: Metric, *names: str) -> dict[tuple[str, ...], float]:
     }
 
 
-async def test_names_types_and_labels_are_the_contracts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    engine.script = Script(refusal=EngineOverloaded("full"))
+def some(bounds: Sequence[float]) -> HistogramStats:
+    """As many counts as there are buckets: 1, 2, 3..."""
+    return HistogramStats(list(range(1, len(bounds) + 2)), 2.5)
+
+
+TOLD = EngineStats(
+    state="ready",
+    num_running=3,
+    num_waiting=4,
+    kv_blocks=10,
+    kv_blocks_used=5,
+    prompt_tokens_total=100,
+    output_tokens_total=50,
+    prefix_queries_total=80,
+    prefix_hits_total=16,
+    last_step_age_s=0.5,
+    step_s={"attention": some(STEP_S), "stall": some(STEP_S)},
+    batch_tokens=some(BATCH_TOKENS),
+    restarts_total=2,
+    expert_cache=CacheStats(
+        prefill=PhaseStats(queries=20, hits=5, stall_s=1.5),
+        decode=PhaseStats(queries=10, hits=9, stall_s=0.25),
+        host_decode=PhaseStats(queries=1, hits=1),
+        sources={"top": 14, "prefetch": 5, "host": 3, "disk": 8, "cpu_compute": 0},
+        links={
+            "disk": LinkStats(
+                demand_nbytes=61440, prefetch_nbytes=4096, bandwidth=1e9, demand_s=some(READ_S), prefetch_s=some(READ_S)
+            ),
+            "host": LinkStats(demand_nbytes=8192),
+        },
+        host_slots=16,
+        host_slots_used=12,
+        prefetch={
+            1: PrefetchStats(useful=4, late=1, wasted=2, recall=some(RECALL)),
+            2: PrefetchStats(useful=1, cancelled=4),
+        },
+        evictions_for={"demand": 2, "prefetch": 1},
+        residency_s=some(HELD_S),
+        idle_s=some(HELD_S),
+        reuse_gap_s=some(HELD_S),
+        unique_experts=some(UNIQUE_EXPERTS),
+        oracle=OracleStats(queries=60, hits=30, oracle_hits=40),
+        read_errors=1,
+        num_slots=8,
+        num_slots_used=6,
+        slot_nbytes=4096,
+    ),
+)
+
+
+@pytest.fixture
+async def told(client: httpx.AsyncClient, engine: FakeEngine) -> dict[str, Metric]:
+    engine.stats_to_tell = TOLD
+    await client.post("/v1/chat/completions", json=CHAT)
+    return await scrape(client)
+
+
+def described(family: Metric) -> str:
+    """One line: name, type, own labels, buckets."""
+    labels = sorted(set(family.samples[0].labels) - {*COMMON, "le"})
+    bounds = dict.fromkeys(sample.labels["le"] for sample in family.samples if "le" in sample.labels)
+    return " ".join([family.name, family.type, f"{{{','.join(labels)}}}", *bounds])
+
+
+async def test_names_types_labels_and_buckets_are_the_contracts(
+    connect: Callable[..., httpx.AsyncClient], engine: FakeEngine
+) -> None:
+    """To change the contract, change the file: dashboards, alerts and docs/metrics.md go by it."""
+    lifecycle = Lifecycle()
+    lifecycle.loaded()
+    engine.stats_to_tell = TOLD
+    client = connect(lifecycle=lifecycle)
     await client.post("/v1/chat/completions", json=CHAT)
     families = await scrape(client)
-    found = {
-        name: (family.type, tuple(sorted(set(family.samples[0].labels) - {*COMMON, "le"})))
-        for name, family in families.items()
-    }
-    assert found == GOLDEN
+    assert sorted(map(described, families.values())) == GOLDEN.read_text().splitlines()
     for family in families.values():
         for sample in family.samples:
             assert (sample.labels["model_name"], sample.labels["engine"]) == ("fake", "0")
 
 
-@pytest.mark.parametrize("prefix", ["foregate_", "vllm:"])
-async def test_buckets_are_the_contracts(client: httpx.AsyncClient, prefix: str) -> None:
-    families = await scrape(client)
-    for name, bounds in BUCKETS.items():
-        found = [
-            float(sample.labels["le"]) for sample in families[prefix + name].samples if sample.name.endswith("_bucket")
-        ]
-        assert found == [*map(float, bounds.split()), float("inf")]
+async def test_the_documentation_tells_of_every_family_and_of_no_other(told: dict[str, Metric]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"`((?:foregate_|vllm:)[a-z0-9_]+)", text))
+    exposed = {f"{name}_total" if family.type == "counter" else name for name, family in told.items()}
+    assert exposed | {"foregate_startup_seconds"} == documented
 
 
-async def test_the_engines_counters_are_told_as_they_are(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    engine.stats_to_tell = EngineStats(
-        state="ready",
-        num_running=3,
-        num_waiting=4,
-        kv_blocks=10,
-        kv_blocks_used=5,
-        prompt_tokens_total=100,
-        output_tokens_total=50,
-        prefix_queries_total=80,
-        prefix_hits_total=16,
-        last_step_age_s=0.5,
-        expert_cache=CacheStats(
-            prefill=PhaseStats(queries=20, hits=5, stall_s=1.5),
-            decode=PhaseStats(queries=10, hits=9, stall_s=0.25),
-            fetches=16,
-            host_hits=3,
-            prefetch={
-                1: PrefetchStats(useful=4, late=1, wasted=2),
-                2: PrefetchStats(useful=1, cancelled=4),
-            },
-            bandwidth=1e9,
-            fetched_nbytes=65536,
-            fetched_ahead_nbytes=4096,
-            evictions=2,
-            num_slots=8,
-            num_slots_used=6,
-            slot_nbytes=4096,
-        ),
-    )
-    families = await scrape(client)
+async def test_buckets_grow_and_end_with_the_count(told: dict[str, Metric]) -> None:
+    samples = [s for s in told["foregate_expert_transfer_seconds"].samples if s.labels.get("kind") == "prefetch"]
+    disk = [s for s in samples if s.labels["link"] == "disk"]
+    counts = [s.value for s in disk if s.name.endswith("_bucket")]
+    assert counts == [sum(range(1, n + 2)) for n in range(len(READ_S) + 1)]
+    assert [s.value for s in disk if s.name.endswith(("_count", "_sum"))] == [counts[-1], 2.5]
+
+
+async def test_the_engines_counters_are_told_as_they_are(told: dict[str, Metric]) -> None:
+    families = told
     assert values(families["foregate_expert_cache_queries"], "phase", "tier") == {
         ("prefill", "top"): 20,
         ("decode", "top"): 10,
+        ("prefill", "host"): 0,
+        ("decode", "host"): 1,
     }
-    assert values(families["foregate_expert_cache_hits"], "phase") == {("prefill",): 5, ("decode",): 9}
+    assert values(families["foregate_expert_cache_hits"], "phase", "tier") == {
+        ("prefill", "top"): 5,
+        ("decode", "top"): 9,
+        ("prefill", "host"): 0,
+        ("decode", "host"): 1,
+    }
     assert values(families["foregate_expert_stall_seconds"], "phase") == {("prefill",): 1.5, ("decode",): 0.25}
-    assert values(families["foregate_expert_fetches"], "source") == {("disk",): 13, ("host",): 3}
+    assert values(families["foregate_expert_fetches"], "source") == {
+        ("top",): 14,
+        ("prefetch",): 5,
+        ("host",): 3,
+        ("disk",): 8,
+        ("cpu_compute",): 0,
+    }
     assert values(families["foregate_expert_prefetch"], "outcome") == {
         ("used",): 5,
         ("late",): 1,
         ("wasted",): 2,
         ("cancelled",): 4,
     }
+    assert values(families["foregate_expert_evictions"], "reason") == {("demand",): 2, ("prefetch",): 1}
     assert values(families["foregate_link_bandwidth_bytes_per_second"], "link") == {("disk",): 1e9}
     assert values(families["foregate_expert_transfer_bytes"], "link", "kind") == {
         ("disk", "demand"): 61440,
         ("disk", "prefetch"): 4096,
+        ("host", "demand"): 8192,
+        ("host", "prefetch"): 0,
     }
-    assert values(families["foregate_expert_cache_capacity_bytes"], "tier") == {("top",): 32768}
-    assert values(families["foregate_expert_cache_used_bytes"], "tier") == {("top",): 24576}
+    assert values(families["foregate_expert_cache_capacity_bytes"], "tier") == {("top",): 32768, ("host",): 65536}
+    assert values(families["foregate_expert_cache_used_bytes"], "tier") == {("top",): 24576, ("host",): 49152}
+    for name, value in (("queries", 60), ("realised_hits", 30), ("hits", 40)):
+        assert values(families[f"foregate_expert_cache_oracle_{name}"]) == {(): value}
+    assert values(families["foregate_engine_restarts"]) == {(): 2}
     assert values(families["foregate_engine_last_step_age_seconds"]) == {(): 0.5}
     assert values(families["foregate_engine_state"], "state")[("ready",)] == 1
     assert sum(values(families["foregate_engine_state"], "state").values()) == 1
     assert values(families["vllm:num_requests_running"]) == {(): 3}
     assert values(families["vllm:kv_cache_usage_perc"]) == {(): 0.5}
+
+
+async def test_a_server_without_experts_or_requests_tells_zeros(client: httpx.AsyncClient) -> None:
+    families = await scrape(client)
+    assert values(families["foregate_expert_cache_queries"], "phase", "tier") == {
+        ("prefill", "top"): 0,
+        ("decode", "top"): 0,
+    }
+    assert values(families["foregate_admission_rejections"], "reason") == {(reason,): 0 for reason in REJECTIONS}
+    assert {s.value for s in families["foregate_step_seconds"].samples} == {0.0}
+
+
+async def test_the_event_loops_lag_is_measured(connect: Callable[..., httpx.AsyncClient], engine: FakeEngine) -> None:
+    metrics = ServerMetrics("fake", engine.stats, vllm_names=False)
+    watching = asyncio.ensure_future(metrics.watch_event_loop(interval_s=0.01))
+    await asyncio.sleep(0.1)
+    time.sleep(0.3)
+    await asyncio.sleep(0.05)
+    watching.cancel()
+    families = {family.name: family for family in metrics.registry.collect()}
+    samples = families["foregate_event_loop_lag_seconds"].samples
+    counts = {s.labels["le"]: s.value for s in samples if s.name.endswith("_bucket")}
+    assert counts["+Inf"] > counts["0.1"] > 0
 
 
 async def test_an_answer_is_timed_and_counted(client: httpx.AsyncClient, engine: FakeEngine) -> None:
@@ -180,7 +239,8 @@ async def test_refusals_are_counted_by_reason_and_code(client: httpx.AsyncClient
     await client.post("/v1/chat/completions", json=CHAT)
     await client.get("/v1/secret-path-0815")
     families = await scrape(client)
-    assert values(families["foregate_admission_rejections"], "reason") == {("queue_full",): 1, ("loading",): 1}
+    counted = values(families["foregate_admission_rejections"], "reason")
+    assert {reason: num for (reason,), num in counted.items() if num} == {"queue_full": 1, "loading": 1}
     assert values(families["foregate_requests"], "endpoint", "code") == {
         ("/v1/chat/completions", "503"): 2,
         ("other", "404"): 1,
