@@ -37,6 +37,7 @@ SERVER_MAY_SEE = {
     "engine.synthetic",
     "engine.threads",
     "cache.expert_table",
+    "cache.histogram",
     "cache.measure",
     "cache.packed_file",
     "cache.replay",
