@@ -9,12 +9,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from cache.expert_table import ExpertTable
-from engine.admission import check_request
+from engine.admission import check_request, too_long
 from engine.build import Build
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
@@ -45,6 +46,7 @@ from engine.process_link import ProcessLink
 from engine.restarts import Restarts
 from engine.sampling_params import SamplingParams
 from engine.streams import Stream
+from engine.template_pool import TemplatePool
 from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LONG_TEXT = 4096  # characters; longer texts are tokenised off the event loop
+_CHARS_A_TOKEN = 32  # texts longer than that many for each token of the context are looked at in part first
+_CUT_TOKENS = 64  # that may become fewer when a text goes on where it was cut
 _STOP_S = 1.5  # for the running step to end, when there was no time left for requests
 
 
@@ -86,10 +90,12 @@ class AsyncEngine:
         self._link: EngineLink | None = None
         self._info: ModelInfo | None = None
         self._streams: dict[str, Stream] = {}
+        self._queued: dict[str, int] = {}  # prompt tokens of those that have not been answered at all yet
         self._trace = LiveTrace(self._send)
         self._checks = LiveChecks(self._send)
         self._questions = ExpertQuestions(self._send)
         self._trial = GrammarTrial(lambda: self._tokenizer().to_json())
+        self._templates = TemplatePool()
         self._stats = EngineStats(state="stopped")
         self._progress_at = 0.0  # the engine has told something, or been given its first request
         self._limit = config.scheduler.max_num_seqs + config.scheduler.waiting_limit
@@ -123,6 +129,7 @@ class AsyncEngine:
         while self._streams and self._state == "draining" and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await self._trial.close()
+        await self._templates.close()
         if self._link is None:
             return
         for request_id in self._streams:
@@ -137,14 +144,17 @@ class AsyncEngine:
     async def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """Messages through the model's chat template; raises `InvalidRequest` if it has none or refuses them."""
         tokenizer = self._tokenizer()
-        return await asyncio.to_thread(tokenizer.render_chat, messages, add_generation_prompt=add_generation_prompt)
+        template = tokenizer.chat_template()
+        variables = {**tokenizer.special_tokens, "add_generation_prompt": add_generation_prompt}
+        text = await self._templates.render(template, messages, variables)
+        return await self._encode(text, add_special_tokens=False, param="messages")
 
     async def encode(self, text: str) -> list[int]:
-        """Text to token ids, with the special tokens that the model wants around a prompt."""
-        tokenizer = self._tokenizer()
-        if len(text) < _LONG_TEXT:
-            return tokenizer.encode(text)
-        return await asyncio.to_thread(tokenizer.encode, text)
+        """Text to token ids, with the special tokens that the model wants around a prompt.
+
+        Raises `InvalidRequest` for a text that is far too long for the model, before all of it is looked at.
+        """
+        return await self._encode(text, add_special_tokens=True, param="prompt")
 
     async def decode(self, token_ids: list[int]) -> str:
         """Token ids to text, special tokens included; raises `InvalidRequest` for an id that there is not."""
@@ -163,11 +173,11 @@ class AsyncEngine:
         """
         self._require_ready()
         check_request(self.info, prompt_token_ids, params)
-        self._require_room()
+        self._require_room(len(prompt_token_ids))
         if params.structure is not None:
             params = msgspec.structs.replace(params, structure=await self._trial.passed(params.structure))
             self._require_ready()
-            self._require_room()
+            self._require_room(len(prompt_token_ids))
         if request_id in self._streams:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
         try:
@@ -177,14 +187,17 @@ class AsyncEngine:
         if not self._streams:
             self._progress_at = time.monotonic()
         stream = self._streams[request_id] = Stream()
+        self._queued[request_id] = len(prompt_token_ids)
         finished = False
         try:
             while not finished:
                 output = await stream.get()
+                self._queued.pop(request_id, None)
                 finished = output.finish_reason is not None
                 yield output
         finally:
             del self._streams[request_id]
+            self._queued.pop(request_id, None)
             if not finished:
                 self._send(AbortRequest(request_id))
 
@@ -249,9 +262,24 @@ class AsyncEngine:
         if self._state != "ready":
             raise self._dead()
 
-    def _require_room(self) -> None:
+    def _require_room(self, num_tokens: int) -> None:
         if len(self._streams) >= self._limit:
             raise EngineOverloaded(f"the queue is full ({self._config.scheduler.waiting_limit} requests wait)")
+        num_queued = sum(self._queued.values())
+        if num_queued and num_queued + num_tokens > self._config.scheduler.max_queued_tokens:
+            raise EngineOverloaded(f"the queue is full (prompts of {num_queued} tokens wait)")
+
+    async def _encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        encode = partial(self._tokenizer().encode, add_special_tokens=add_special_tokens)
+        if len(text) < _LONG_TEXT:
+            return encode(text)
+        limit = self.info.max_model_len
+        begin = text[: _CHARS_A_TOKEN * limit]
+        if len(begin) < len(text):
+            num_tokens = len(await asyncio.to_thread(encode, begin))
+            if num_tokens > limit + _CUT_TOKENS:
+                raise too_long(limit, f"at least {num_tokens - _CUT_TOKENS}", param=param)
+        return await asyncio.to_thread(encode, text)
 
     def _tokenizer(self) -> Tokenizer:
         if self._link is None:

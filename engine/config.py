@@ -61,6 +61,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 512
     max_streamed_tokens: int = 2048  # instead, where the experts of a prompt have to be streamed anyway
     max_num_waiting: int | None = None  # None: 4 x max_num_seqs
+    max_queued_tokens: int = 1024**2  # of prompts that have not been answered at all yet
     target_itl_s: float | None = None  # between two tokens of an answer
     target_ttft_s: float | None = None  # to the first
     quantum: int = 4  # steps for which a group that was chosen by experts stays
@@ -118,6 +119,7 @@ class EngineConfig:
             ("expert_memory", self.cache.memory_nbytes),
             ("max_step_seqs", self.scheduler.max_step_seqs),
             ("max_streamed_tokens", self.scheduler.max_streamed_tokens),
+            ("max_queued_tokens", self.scheduler.max_queued_tokens),
             ("quantum", self.scheduler.quantum),
             ("num_io_threads", self.cache.num_io_threads),
             ("num_threads", self.num_threads),

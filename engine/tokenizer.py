@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.chat_template import TemplateRefusal, render
 from engine.errors import CheckpointError, InvalidRequest
 
 
@@ -61,18 +62,30 @@ class Tokenizer:
         text: str = self._fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Chat messages through the model's own template; raises `InvalidRequest` if it has none or refuses them."""
+    def chat_template(self, *, has_tools: bool = False) -> str:
+        """The model's own; raises `InvalidRequest` if it has none. Some have a second one for tools."""
         if not self.has_chat_template:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        template: str = self._wrapper.get_chat_template(None, [] if has_tools else None)
+        return template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token and the like, as templates know them."""
+        return dict(self._wrapper.special_tokens_map)
+
+    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Chat messages through the model's own template; raises `InvalidRequest` if it has none or refuses them.
+
+        In this process, which a template may hold up for ever: for messages of our own.
+        """
+        variables = {**self.special_tokens, "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._wrapper.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # the template is the model's own program and may raise anything
+            text = render(self.chat_template(), messages, variables)
+        except TemplateRefusal as refusal:
             raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", param="messages"
-            ) from error
+                f"the model's chat template refuses these messages: {refusal}", param="messages"
+            ) from refusal
         return self.encode(text, add_special_tokens=False)
 
     def to_json(self) -> str:

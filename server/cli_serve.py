@@ -62,6 +62,7 @@ def serve(
     max_streamed_tokens: Annotated[
         int, typer.Option(min=1, help="Instead, where a prompt's experts have to be streamed.")
     ] = 2048,
+    max_queued_tokens: Annotated[int, typer.Option(min=1, help="Of prompts that wait; beyond that 503.")] = 1024**2,
     target_itl: TargetItl = None,
     target_ttft: TargetTtft = None,
     kv_memory: KvMemory = KV_MEMORY,
@@ -78,6 +79,7 @@ def serve(
     ] = None,
     accept_any_model_name: Annotated[bool, typer.Option(help="Answer whatever model is asked for.")] = False,
     strict_requests: Annotated[bool, typer.Option(help="Refuse unknown request fields.")] = False,
+    max_stop_strings: Annotated[int, typer.Option(min=1, max=16, help="That a request may have.")] = 4,
     api_key_file: Annotated[Path | None, typer.Option(help="One API key a line; or set FOREGATE_API_KEY.")] = None,
     open_metrics: Annotated[bool, typer.Option(help="/metrics needs no API key.")] = False,
     seed: Seed = None,
@@ -134,6 +136,7 @@ def serve(
                 max_step_seqs=max_step_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_streamed_tokens=max_streamed_tokens,
+                max_queued_tokens=max_queued_tokens,
                 target_itl_s=target_itl,
                 target_ttft_s=target_ttft,
             ),
@@ -143,6 +146,7 @@ def serve(
             served_names=names,
             accept_any_model_name=accept_any_model_name,
             strict_requests=strict_requests,
+            max_stop_strings=max_stop_strings,
             api_key_hashes=tuple(hash_key(key) for key in keys),
             open_metrics=open_metrics,
             max_parallel_prompts=max_num_seqs,

@@ -285,6 +285,41 @@ async def test_chat_messages_go_through_the_models_template(engine: AsyncEngine)
     assert ids[0] == 257
 
 
+async def test_a_text_far_too_long_for_the_model_is_refused_before_all_of_it_is_tokenised(engine: AsyncEngine):
+    seen: list[int] = []
+    tokenizer = engine._tokenizer()
+    encode = tokenizer.encode
+    tokenizer.encode = lambda text, **kw: seen.append(len(text)) or encode(text, **kw)
+    for made, param in (
+        (engine.encode("ab" * 500_000), "prompt"),
+        (engine.render_chat([{"role": "user", "content": "ab" * 500_000}]), "messages"),
+    ):
+        with pytest.raises(InvalidRequest, match=r"^This model's maximum context length is 200 tokens\.") as refusal:
+            await made
+        assert (refusal.value.param, refusal.value.code) == (param, "context_length_exceeded")
+    assert max(seen) == 32 * 200
+    assert len(await engine.encode("ab" * 3000)) == 6000  # of what is not, the model's limit is the caller's affair
+
+
+async def test_so_many_tokens_wait_and_more_are_turned_away(config: EngineConfig):
+    engine = AsyncEngine(replace(config, scheduler=replace(config.scheduler, max_num_seqs=1, max_queued_tokens=100)))
+    await engine.start()
+    long = random_prompt(90)
+    running = asyncio.ensure_future(collect(engine, "running", [1], greedy(100)))
+    while engine.stats().num_running == 0:
+        await asyncio.sleep(0.01)
+    waiting = asyncio.ensure_future(collect(engine, "waiting", long, greedy(2)))
+    await asyncio.sleep(0)
+    with pytest.raises(EngineOverloaded, match="prompts of 90 tokens wait"):
+        await collect(engine, "late", [1] * 11, greedy(1))
+    await asyncio.gather(running, waiting, collect(engine, "short", [1] * 10, greedy(1)))
+    assert tokens_of(
+        await collect(engine, "longer", random_prompt(150), greedy(1))
+    )  # alone it may be as long as can be
+    await settled(engine)
+    await engine.stop()
+
+
 def test_messages_survive_the_wire():
     params = SamplingParams(stop=("a", "b"), logit_bias={3: 1.5}, stop_token_ids=(1, 2), seed=3)
     messages = [
