@@ -17,7 +17,7 @@ import msgspec
 from engine.errors import InvalidRequest
 from engine.template_worker import Rendered, Rendering, frame
 
-_ROOT = Path(__file__).parents[1]  # where a worker finds the package, too
+_ROOT = str(Path(__file__).parents[1])  # where a worker finds the package, too
 RENDER_S = 5.0
 _MAX_WORKERS = 2  # so that one template that hangs does not hold up all chats
 _GRACE_S = 5.0  # beyond what a worker allows itself
@@ -74,13 +74,11 @@ class TemplatePool:
 
 
 async def _start(render_s: float) -> asyncio.subprocess.Process:
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "TZ") if name in os.environ}
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "engine.template_worker", str(render_s)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"},  # no keys
+        env={"PYTHONPATH": os.pathsep.join([_ROOT, *filter(None, sys.path)]), "PYTHONSAFEPATH": "1"},  # and no keys
     )
 
 
