@@ -50,6 +50,7 @@ from kernels.backend import Backend, choose_backend
 _log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.01  # for a grammar, where there is nothing else to do
+_MAX_FAILED_STEPS = 3  # one after the other: then it is not the requests
 
 
 class Engine:
@@ -136,6 +137,7 @@ class Engine:
             ("prompt_tokens_total", "computed_prompt_tokens_total", "output_tokens_total", "steps_total"), 0
         )
         self._step_s = 0.0
+        self._num_failed_steps = 0  # since one that did not
         self._parts = StepParts()
         self.info = ModelInfo(
             name=config.served_name or config.model.resolve().name,
@@ -225,9 +227,12 @@ class Engine:
             self._observers.request_ends(request.number)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step and return what is new of each request that got a token or ended."""
-        clock = time.perf_counter
-        scheduled_from = clock()
+        """Compute one step and return what is new of each request that got a token or ended.
+
+        What goes wrong ends the requests whose doing it is; if that cannot be told, those of the step. Raises only
+        if the books do not add up afterwards, or one step after the other fails.
+        """
+        scheduled_from = time.perf_counter()
         compiled, refused = self._constraints.compiled(0.0 if self.scheduler.has_work else _IDLE_WAIT_S)
         for request in (*compiled, *(request for request, _ in refused)):
             self.scheduler.add(request)
@@ -236,6 +241,15 @@ class Engine:
         output = self.scheduler.schedule()
         if not output.num_tokens:
             return []
+        try:
+            results = self._step(output, scheduled_from)
+        except Exception as error:
+            return self._fail_step(output, error)
+        self._num_failed_steps = 0
+        return results
+
+    def _step(self, output: SchedulerOutput, scheduled_from: float) -> list[RequestOutput]:
+        clock = time.perf_counter
         started = clock()
         stalled_before = self._stall_s
         try:
@@ -257,12 +271,7 @@ class Engine:
         )
         self.scheduler.update(output)
         sampled_from = clock()
-        constrained, spoiled = self._constraints.constrain(logits, sampled_requests)
-        sampled = self._sampler.sample(logits, sampled_requests, constrained)
-        results = [
-            self._fail(request, spoiled[request]) if request in spoiled else self._append(request, token)
-            for request, token in zip(sampled_requests, sampled, strict=True)
-        ]
+        results = self._sample(logits, sampled_requests)
         results += [self._output(request, "", [], None) for request in output.num_tokens if request.new_scores]
         self._counts["steps_total"] += 1
         ended = clock()
@@ -278,6 +287,27 @@ class Engine:
         )
         if self._experts is not None:
             self._experts.cache.step_ended(ended - started)
+        return results
+
+    def _sample(self, logits: Tensor, requests: list[Request]) -> list[RequestOutput]:
+        """A request whose own parameters or text raise fails alone."""
+        constrained, spoiled = self._constraints.constrain(logits, requests)
+        try:
+            tokens = self._sampler.sample(logits, requests, constrained)
+        except Exception:
+            tokens = []
+        results = []
+        for i, request in enumerate(requests):
+            if request in spoiled:
+                results.append(self._fail(request, spoiled[request]))
+                continue
+            try:
+                row = slice(i, i + 1)
+                token = tokens[i] if tokens else self._sampler.sample(logits[row], [request], constrained[row])[0]
+                results.append(self._append(request, token))
+            except Exception as error:
+                _log.exception("request %s fails", request.request_id)
+                results.append(self._fail(request, f"{type(error).__name__}: {error}"))
         return results
 
     def _compute(self, output: SchedulerOutput) -> tuple[SchedulerOutput, Tensor]:
@@ -335,13 +365,16 @@ class Engine:
         """Of each expert how often it was asked for, and where it is; None for a model without."""
         return None if self._experts is None else self._experts.cache.table()
 
-    def check_integrity(self) -> None:
-        """Raise `AssertionError` if requests, blocks or expert slots do not add up. Between steps only."""
+    def check_integrity(self, *, idle: bool = True) -> None:
+        """Raise `AssertionError` if requests, blocks or expert slots do not add up. Between steps only.
+
+        `idle`: no expert is on its way either.
+        """
         self.scheduler.check_integrity()
         if set(self._requests.values()) != {*self.scheduler.requests, *self._constraints.waiting}:
             raise AssertionError("the engine and the scheduler know different requests")
         if self._experts is not None:
-            self._experts.cache.check_integrity()
+            self._experts.cache.check_integrity(idle=idle)
 
     def close(self) -> None:
         """Write the recorded trace, if any, and end the I/O threads."""
@@ -425,6 +458,16 @@ class Engine:
                 failed.append(request)
             first_row += num_tokens
         return [self._fail(request, str(failure)) for request in failed]
+
+    def _fail_step(self, output: SchedulerOutput, error: Exception) -> list[RequestOutput]:
+        _log.error("a step of %d requests failed", len(output.num_tokens), exc_info=error)
+        self._num_failed_steps += 1
+        failed = [request for request in output.num_tokens if request.request_id in self._requests]
+        outputs = [self._fail(request, f"{type(error).__name__}: {error}") for request in failed]
+        self.check_integrity(idle=False)
+        if self._num_failed_steps >= _MAX_FAILED_STEPS:
+            raise error
+        return outputs
 
     def _fail(self, request: Request, error: str) -> RequestOutput:
         return self._output(request, "", [], "error", error=error)
