@@ -58,7 +58,7 @@ _log = logging.getLogger(__name__)
 _LONG_TEXT = 4096  # characters; longer texts are tokenised off the event loop
 _CHARS_A_TOKEN = 32  # texts longer than that many for each token of the context are looked at in part first
 _CUT_TOKENS = 64  # that may become fewer when a text goes on where it was cut
-_STOP_S = 1.5  # for the running step to end, when there was no time left for requests
+_STOP_S = 1.0  # for the running step to end, when there was no time left for requests
 
 
 class AsyncEngine:
@@ -72,17 +72,21 @@ class AsyncEngine:
         build: Callable[[EngineConfig, Progress | None], Engine] | Build | None = None,
         in_child: bool = False,
         restarts: Restarts | None = None,
+        stall_timeout_s: float | None = None,
     ) -> None:
         """`progress(what, done, total)` is told while the model loads, on the engine's thread if it has one here.
 
         `build` stands in for `Engine`, to load something else than the checkpoint that `config` names. `in_child`: in
         a process of its own, which is started again when it has died, as `restarts` says; `build` then goes by name.
+        One that has not made a step for twice `stall_timeout_s` while there is work is killed, and has died then, too.
         """
         self._config = config
         self._progress = progress
         self._build = build
         self._in_child = in_child
         self._restarts = restarts or Restarts()
+        self._stall_timeout_s = stall_timeout_s
+        self._watching: asyncio.Task[None] | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._num_restarts = 0
         self._state: EngineState = "stopped"
@@ -117,13 +121,16 @@ class AsyncEngine:
             self._state, self._error = "dead", str(error)
             raise
         self._link, self._info, self._state = link, link.info, "ready"
+        if self._stall_timeout_s is not None:
+            self._watching = asyncio.ensure_future(self._watch(2 * self._stall_timeout_s))
 
     async def stop(self, *, drain_s: float = 0.0) -> None:
         """Take no more requests, give those in flight up to `drain_s` seconds, then end the engine."""
         deadline = time.monotonic() + drain_s
-        if self._restarting is not None:
-            self._restarting.cancel()
-            await asyncio.wait({self._restarting})
+        for task in (self._watching, self._restarting):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
         if self._state in ("ready", "restarting"):
             self._state = "draining"
         while self._streams and self._state == "draining" and time.monotonic() < deadline:
@@ -328,6 +335,16 @@ class AsyncEngine:
         self._fail_all("the engine failed; the server's log says why")
         if is_supervised:
             self._restarting = asyncio.ensure_future(self._restart())
+
+    async def _watch(self, limit_s: float) -> None:
+        """Whoever probes /live had that long to end this process: it may be nobody."""
+        while True:
+            await asyncio.sleep(limit_s / 20)
+            if self._state == "ready" and self.stats().last_step_age_s > limit_s:
+                _log.error("the engine has not made a step for %g s", limit_s)
+                assert self._link is not None
+                self._link.kill()
+                self._progress_at = time.monotonic()
 
     async def _restart(self) -> None:
         """Until it serves again, or has died too often."""

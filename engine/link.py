@@ -50,6 +50,10 @@ class EngineLink(Protocol):
         """End after the running step; a process that has not by then is killed."""
         ...
 
+    def kill(self) -> None:
+        """At once, if it can be: it has died then."""
+        ...
+
     def again(self) -> EngineLink:
         """A link to an engine of the same settings."""
         ...
@@ -105,6 +109,9 @@ class ThreadLink:
             self._inbox.put(Stop())
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+
+    def kill(self) -> None:
+        pass  # a thread cannot be
 
     def again(self) -> EngineLink:
         raise NotImplementedError

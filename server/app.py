@@ -25,7 +25,7 @@ from server.openapi import describe
 from server.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from server.protocol.completions import Completion, CompletionRequest
 from server.routes import ROUTERS
-from server.routes.admin import Ended, Integrity, TraceBody
+from server.routes.admin import Drain, Ended, Integrity, TraceBody
 from server.routes.health import Version
 from server.routes.models import ModelCard, ModelList
 from server.routes.tokenize import DetokenizeRequest, Text, TokenizeRequest, Tokens
@@ -41,6 +41,7 @@ ANSWERS: list[type[msgspec.Struct]] = [
     Tokens,
     Text,
     Version,
+    Drain,
     Ended,
     Integrity,
 ]

@@ -86,6 +86,9 @@ def serve(
     threads: Threads = None,
     kernels: Kernels = "auto",
     router: Router = "auto",
+    stall_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds without progress on what is to be done until /live says no.")
+    ] = 300.0,
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds for running requests to end.")] = 30.0,
     shutdown_linger: Annotated[
         float, typer.Option(min=0, help="Seconds to listen on after SIGTERM, while not ready.")
@@ -150,10 +153,11 @@ def serve(
             api_key_hashes=tuple(hash_key(key) for key in keys),
             open_metrics=open_metrics,
             max_parallel_prompts=max_num_seqs,
+            stall_timeout_s=stall_timeout,
         )
         display = ProgressDisplay()
         build = PLANNED if random is None else random_weights(random, layers)
-        engine = AsyncEngine(config, progress=display, build=build, in_child=True)
+        engine = AsyncEngine(config, progress=display, build=build, in_child=True, stall_timeout_s=stall_timeout)
         lifecycle = Lifecycle()
         run(
             engine,

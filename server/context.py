@@ -25,6 +25,8 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.draining = False
+        self.refusing = False  # new requests too: an administrator drains it
+        self.stopping = False  # for good
         self.startup_s: float | None = None  # from the process's start until the engine was ready
 
     def loaded(self) -> None:
@@ -58,9 +60,11 @@ class AppContext:
 
     @property
     def state(self) -> str:
-        """The engine's state, or "draining" as soon as the server is going away."""
-        state = self.engine.stats().state
-        return "draining" if self.lifecycle.draining and state == "ready" else state
+        """The engine's state, "stalled" if it has work and makes no step, or "draining" as soon as that begins."""
+        stats = self.engine.stats()
+        if stats.state in ("ready", "draining") and stats.last_step_age_s > self.settings.stall_timeout_s:
+            return "stalled"
+        return "draining" if self.lifecycle.draining and stats.state == "ready" else stats.state
 
     def require_engine(self) -> None:
         """Raises `Unavailable` while the model loads and `EngineDead` when it cannot serve any more."""
@@ -68,7 +72,7 @@ class AppContext:
         if state in ("loading", "stopped"):
             self.metrics.reject("loading")
             raise Unavailable("the model is still loading", code="loading", retry_after_s=2.0)
-        if state == "draining":
+        if state == "draining" or (state == "ready" and self.lifecycle.refusing):
             self.metrics.reject("draining")
             raise Unavailable("the server is shutting down", code="shutting_down", retry_after_s=5.0)
         if state == "restarting":

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from server.context import Lifecycle
 from server.engine_face import StartableEngine
 
 _log = logging.getLogger("foregate.server")
+
+_CANCEL_S = 1.0  # for a process that loads to be gone
+_UNREAD_S = 0.3  # beyond the timeout, for answers to be read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,7 @@ async def serve(
 
     Raises what loading raises. `display` is entered while the engine loads.
     """
-    server = _Server(_config(app, times))
+    server = _Server(_config(app))
     serving: asyncio.Future[Any] = asyncio.ensure_future(server.serve(sockets=[listener]))
     loading: asyncio.Future[Any] = asyncio.ensure_future(engine.start())
     try:
@@ -83,13 +87,14 @@ async def serve(
             await asyncio.wait([serving, loading, stop], return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             loading.cancel()
+            await asyncio.wait({loading}, timeout=_CANCEL_S)
             return False
         loading.result()
         lifecycle.loaded()
         host, port = listener.getsockname()[:2]
         _log.info("ready: http://%s:%d/v1 serves %s", f"[{host}]" if ":" in host else host, port, engine.info.name)
         await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
-        lifecycle.draining = True
+        lifecycle.draining = lifecycle.stopping = True
         if stop.done():
             await _drain(engine, server, serving, times, stop.result())
         return True
@@ -101,15 +106,23 @@ async def serve(
 async def _drain(
     engine: StartableEngine, server: uvicorn.Server, serving: asyncio.Future[Any], times: ShutdownTimes, signum: int
 ) -> None:
+    deadline = time.monotonic() + times.timeout_s
     linger_s = times.linger_after(signum)
     _log.info("shutting down: not ready any more, running requests have %g s", times.timeout_s)
     await asyncio.wait({serving}, timeout=linger_s)
     server.should_exit = True
     await engine.stop(drain_s=times.timeout_s - linger_s)
+    # every request has its answer by now; who does not read it is hung up on
+    await asyncio.wait({serving}, timeout=max(0.0, deadline - time.monotonic()) + _UNREAD_S)
+    for connection in list(server.server_state.connections):
+        if connection.transport is not None:
+            connection.transport.abort()
+    await asyncio.wait({serving}, timeout=_UNREAD_S)
+    server.force_exit = True
     await asyncio.wait({serving})
 
 
-def _config(app: ASGIApp, times: ShutdownTimes) -> uvicorn.Config:
+def _config(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="on",
@@ -118,7 +131,7 @@ def _config(app: ASGIApp, times: ShutdownTimes) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=75,  # above the usual 60 s of proxies, so that they close first
-        timeout_graceful_shutdown=round(times.timeout_s) + 1,
+        timeout_graceful_shutdown=None,  # `_drain` sees to that
     )
 
 

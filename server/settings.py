@@ -49,4 +49,5 @@ class AppSettings(BaseModel):
     max_choices: int = 1024  # of one request: n times its prompts
     max_parallel_prompts: int = 32  # of these at once
     max_stop_strings: int = 4
+    stall_timeout_s: float = 300.0  # without a step while there is work: then the engine is not alive
     heartbeat_s: float = 15.0  # silence in a stream before a comment is sent

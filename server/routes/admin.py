@@ -1,6 +1,6 @@
 """POST /admin/trace: record which experts tokens are routed to, for a while. DELETE /admin/trace ends it early.
 
-GET /admin/integrity: do the engine's books add up?
+GET /admin/integrity: do the engine's books add up? POST /admin/drain: no new requests; DELETE /admin/drain: again.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Integrity(msgspec.Struct, frozen=True):
     ok: bool
     error: str | None
     num_requests: int
+
+
+class Drain(msgspec.Struct, frozen=True):
+    draining: bool
+    num_requests: int  # that are still to be answered
 
 
 _TRACE = json_body(TraceBody) | other_answer("application/octet-stream")
@@ -87,5 +92,28 @@ def admin_router(ctx: AppContext) -> APIRouter:
         error = await ctx.engine.integrity_error()
         stats = ctx.engine.stats()
         return json_response(Integrity(error is None, error, stats.num_running + stats.num_waiting))
+
+    @router.post("/drain", openapi_extra=json_answer(Drain), response_model=None)
+    async def drain(request: Request) -> Response:
+        """Not ready from now on; new requests are refused with 503, those that are here are served to their end.
+
+        The server does not end by this: that is SIGTERM's. Ask again to see how many requests are left.
+        """
+        check_admin(request, ctx.settings)
+        ctx.lifecycle.draining = ctx.lifecycle.refusing = True
+        return json_response(_drain_state())
+
+    @router.delete("/drain", openapi_extra=json_answer(Drain), response_model=None)
+    async def undrain(request: Request) -> Response:
+        """Back in service."""
+        check_admin(request, ctx.settings)
+        if ctx.lifecycle.stopping:
+            raise ApiError(409, "the server is shutting down", code="shutting_down")
+        ctx.lifecycle.draining = ctx.lifecycle.refusing = False
+        return json_response(_drain_state())
+
+    def _drain_state() -> Drain:
+        stats = ctx.engine.stats()
+        return Drain(ctx.lifecycle.draining, stats.num_running + stats.num_waiting)
 
     return router

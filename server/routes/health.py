@@ -29,7 +29,7 @@ def health_router(ctx: AppContext) -> APIRouter:
 
     @router.get("/live", response_model=None)
     async def live() -> JSONResponse:
-        return answer(ctx.state != "dead")
+        return answer(ctx.state not in ("dead", "stalled"))
 
     @router.get("/version", openapi_extra=json_answer(Version), response_model=None)
     async def version() -> Response:

@@ -13,6 +13,7 @@ from engine.errors import EngineDead, InvalidRequest
 from engine.messages import MAX_TRACE_TOKENS, EngineStats, TraceRecorded
 from server.app import create_app
 from server.auth import hash_key
+from server.context import Lifecycle
 from server.settings import AppSettings
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_sse import RawClient, eventually
@@ -142,3 +143,27 @@ async def test_integrity_tells_what_does_not_add_up(client: httpx.AsyncClient, e
     engine.stats_to_tell = EngineStats(state="ready", num_running=2, num_waiting=3)
     assert (await client.get(url)).json() == {"ok": False, "error": "a block is lost", "num_requests": 5}
     assert (await client.get(url, headers={"x-forwarded-for": "10.0.0.1"})).status_code == 403
+
+
+async def test_a_drained_server_refuses_what_is_new_until_it_is_put_back(client: httpx.AsyncClient, engine: FakeEngine):
+    url = URL.replace("trace", "drain")
+    engine.stats_to_tell = EngineStats(state="ready", num_running=2, num_waiting=1)
+    assert (await client.post(url)).json() == {"draining": True, "num_requests": 3}
+    assert (await client.get("/ready")).json() == {"status": "draining"}
+    assert (await client.get("/live")).status_code == 200
+    refused = await client.post("/v1/completions", json={"prompt": "hi"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+    assert (await client.delete(url)).json() == {"draining": False, "num_requests": 3}
+    assert (await client.get("/ready")).status_code == 200
+    assert (await client.post("/v1/completions", json={"prompt": "hi"})).status_code == 200
+    for method in ("POST", "DELETE"):
+        assert (await client.request(method, url, headers={"x-forwarded-for": "10.0.0.1"})).status_code == 403
+
+
+async def test_a_server_that_ends_is_not_put_back(engine: FakeEngine):
+    lifecycle = Lifecycle()
+    lifecycle.draining = lifecycle.stopping = True
+    transport = httpx.ASGITransport(create_app(engine, AppSettings(served_names=("fake",)), lifecycle=lifecycle))
+    async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
+        assert (await client.delete(URL.replace("trace", "drain"))).status_code == 409
+    assert lifecycle.draining

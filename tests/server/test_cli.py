@@ -29,7 +29,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The engine that commands get; `fake.config` and `fake.build` are what they asked for."""
     made = FakeEngine()
 
-    def make(config: EngineConfig, *, progress: Any = None, build: Any = None, in_child: bool = False) -> FakeEngine:
+    def make(config: EngineConfig, *, progress: Any = None, build: Any = None, **_: Any) -> FakeEngine:
         made.config, made.build = config, build  # type: ignore[attr-defined]
         return made
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import httpx
 import pytest
 
-from engine.messages import EngineState
+from engine.messages import EngineState, EngineStats
 from server.app import create_app
 from server.context import Lifecycle
 from server.settings import AppSettings
@@ -66,6 +68,17 @@ async def test_a_server_that_is_going_away_is_not_ready_but_still_serves(engine:
         assert (await client.get("/ready")).json() == {"status": "draining"}
         assert (await client.get("/live")).status_code == 200
         assert (await client.post("/v1/completions", json={"prompt": "hi"})).status_code == 200
+
+
+async def test_an_engine_with_work_that_makes_no_step_is_not_alive(
+    connect: Callable[..., httpx.AsyncClient], engine: FakeEngine
+) -> None:
+    client = connect(stall_timeout_s=10.0)
+    for age_s, status, body in ((9.9, 200, "ok"), (10.1, 503, "stalled")):
+        engine.stats_to_tell = EngineStats(state="ready", last_step_age_s=age_s)
+        for path in ("/live", "/health", "/ready"):
+            response = await client.get(path)
+            assert (response.status_code, response.json()) == (status, {"status": body})
 
 
 async def test_the_version_is_told(client: httpx.AsyncClient) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -63,7 +64,7 @@ async def running(engine: FakeEngine, **times: float) -> AsyncIterator[tuple[Run
 
 
 async def test_probes_answer_while_the_model_loads(engine: FakeEngine) -> None:
-    engine.start_s = 0.2
+    engine.start_s = 1.0
     async with running(engine) as (server, client):
         assert (await client.get("/live")).status_code == 200
         assert (await client.get("/health")).json() == {"status": "loading"}
@@ -122,6 +123,20 @@ async def test_what_runs_too_long_is_cut_at_the_timeout(engine: FakeEngine) -> N
                 await response.aread()
         await asyncio.wait_for(server.task, 5.0)
     assert engine.num_open == 0
+
+
+async def test_a_client_that_never_reads_does_not_hold_the_server_up(engine: FakeEngine) -> None:
+    engine.script = Script([Token("x" * 200_000) for _ in range(100)])
+    async with running(engine, timeout_s=0.5) as (server, client):
+        await server.until(client, "/health", 200)
+        body = json.dumps({**CHAT, "max_tokens": 50}).encode()
+        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as mute:
+            head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+            mute.sendall("\r\n".join((*head, f"Content-Length: {len(body)}", "", "")).encode() + body)
+            while engine.num_open == 0:
+                await asyncio.sleep(0.01)
+            server.stop.set_result(signal.SIGTERM)
+            assert await asyncio.wait_for(server.task, 5.0) is True
 
 
 def test_a_port_in_use_is_an_error_that_says_so() -> None:
