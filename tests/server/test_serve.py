@@ -126,10 +126,10 @@ async def test_what_runs_too_long_is_cut_at_the_timeout(engine: FakeEngine) -> N
 
 
 async def test_a_client_that_never_reads_does_not_hold_the_server_up(engine: FakeEngine) -> None:
-    engine.script = Script([Token("x" * 200_000) for _ in range(100)])
+    engine.script = Script([Token("x" * 200_000) for _ in range(40)])
     async with running(engine, timeout_s=0.5) as (server, client):
         await server.until(client, "/health", 200)
-        body = json.dumps({**CHAT, "max_tokens": 50}).encode()
+        body = json.dumps({**CHAT, "max_tokens": 40}).encode()
         with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as mute:
             head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
             mute.sendall("\r\n".join((*head, f"Content-Length: {len(body)}", "", "")).encode() + body)
