@@ -35,10 +35,10 @@ def boom(*args: Any, **kwargs: Any) -> Any:
 def test_a_request_that_cannot_be_sampled_fails_alone(engine: Engine, expected, monkeypatch, num_good: int):
     real = Sampler._sample_row
 
-    def sample_row(self: Sampler, row: Any, request: Request, greedy_id: int) -> Any:
+    def sample_row(self: Sampler, row: Any, allowed: Any, request: Request, greedy_id: int) -> Any:
         if request.request_id == "r2" and request.num_output_tokens >= num_good:
             raise ValueError("odd parameters")
-        return real(self, row, request, greedy_id)
+        return real(self, row, allowed, request, greedy_id)
 
     monkeypatch.setattr(Sampler, "_sample_row", sample_row)
     outputs = run_all(engine, REQUESTS)
