@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI
@@ -19,15 +20,18 @@ from server.auth import OPEN_PATHS, KeyCheck
 from server.context import VERSION, AppContext, Lifecycle
 from server.engine_face import Engine
 from server.errors import ApiError, GenerationFailed, as_api_error
+from server.history import History
 from server.metrics import ServerMetrics
 from server.middleware import RequestObserver, record_of
 from server.openapi import describe
 from server.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from server.protocol.completions import Completion, CompletionRequest
+from server.request_log import RequestLog
 from server.routes import ROUTERS
 from server.routes.admin import Drain, Ended, Integrity, TraceBody
 from server.routes.health import Version
 from server.routes.models import ModelCard, ModelList
+from server.routes.pages import PAGE_PATHS
 from server.routes.tokenize import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from server.settings import AppSettings
 
@@ -63,7 +67,8 @@ def create_app(
         vllm_names=settings.metrics_compat == "vllm",
         startup_s=lambda: lifecycle.startup_s,
     )
-    ctx = AppContext(engine, settings, metrics, lifecycle, clock=clock)
+    requests, history = RequestLog(clock), History(engine.stats, clock)
+    ctx = AppContext(engine, settings, metrics, lifecycle, requests, history, clock=clock)
     app = FastAPI(
         title="Foregate",
         version=VERSION,
@@ -71,27 +76,28 @@ def create_app(
         docs_url=None,  # server.routes.docs is ours
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=lambda _: _watched(metrics),
+        lifespan=lambda _: _alongside(metrics.watch_event_loop, history.run),
     )
     for make_router in ROUTERS.values():
         app.include_router(make_router(ctx))
     _answer_errors(app, metrics)
     describe(app, BODIES, ANSWERS, needs_key=bool(settings.api_key_hashes))
     if settings.api_key_hashes:
-        open_paths = OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS
+        open_paths = OPEN_PATHS | PAGE_PATHS | ({"/metrics"} if settings.open_metrics else set())
         app.add_middleware(KeyCheck, key_hashes=settings.api_key_hashes, open_paths=open_paths)
-    app.add_middleware(RequestObserver, metrics=metrics, clock=clock)
+    app.add_middleware(RequestObserver, metrics=metrics, requests=requests, clock=clock)
     return app
 
 
 @asynccontextmanager
-async def _watched(metrics: ServerMetrics) -> AsyncIterator[None]:
-    """While the application is served, its event loop is watched."""
-    watching = asyncio.ensure_future(metrics.watch_event_loop())
+async def _alongside(*runs: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """What goes on while the application is served: its event loop is watched, its history written."""
+    tasks = [asyncio.ensure_future(run()) for run in runs]
     try:
         yield
     finally:
-        watching.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 def _answer_errors(app: FastAPI, metrics: ServerMetrics) -> None:

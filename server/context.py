@@ -14,7 +14,9 @@ from typing import Final
 from engine.errors import EngineDead
 from server.engine_face import Engine
 from server.errors import ApiError, Unavailable
+from server.history import History
 from server.metrics import ServerMetrics
+from server.request_log import RequestLog
 from server.settings import AppSettings
 
 VERSION: Final = version("foregate")
@@ -54,6 +56,8 @@ class AppContext:
     settings: AppSettings
     metrics: ServerMetrics
     lifecycle: Lifecycle
+    requests: RequestLog
+    history: History
     now: Callable[[], float] = time.time  # for `created`
     clock: Callable[[], float] = time.monotonic  # for durations
     unknown_fields: SeenNames = field(default_factory=SeenNames)

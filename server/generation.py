@@ -18,7 +18,7 @@ from engine.sampling_params import SamplingParams
 from server.collect import Collected, Tally
 from server.engine_face import Engine
 from server.errors import ClientGone, GenerationFailed
-from server.metrics import RequestTimer
+from server.request_log import Watcher
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def _seed_of(seed: int | None, choice: int) -> int | None:
     return int.from_bytes(blake2b(f"{seed} {choice}".encode(), digest_size=8).digest(), "big", signed=True)
 
 
-async def run_jobs(engine: Engine, jobs: Sequence[Job], timer: RequestTimer, *, max_parallel: int) -> Outputs:
+async def run_jobs(engine: Engine, jobs: Sequence[Job], watcher: Watcher, *, max_parallel: int) -> Outputs:
     """Up to `max_parallel` jobs at a time, so that one request does not fill the queue by itself.
 
     The first failure of any ends them all: the engine's errors, or `GenerationFailed`.
@@ -70,7 +70,7 @@ async def run_jobs(engine: Engine, jobs: Sequence[Job], timer: RequestTimer, *, 
     source = _run(engine, jobs[0], 0) if len(jobs) == 1 else _merged(engine, jobs, max_parallel)
     async with aclosing(source):
         async for index, output in source:
-            timer.saw(index, output)
+            watcher.saw(index, output)
             yield index, output
 
 

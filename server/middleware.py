@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ClientGone, as_api_error
 from server.metrics import ServerMetrics
+from server.request_log import LoggedRequest, RequestLog
 
 _log = logging.getLogger("foregate.server")
 _SANE_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
@@ -30,6 +31,7 @@ class RequestRecord:
     finish_reason: str = ""
     client_gone: bool = False
     status: int = 500
+    logged: LoggedRequest | None = None
     response_started: bool = field(default=False, init=False)
 
     @property
@@ -47,8 +49,11 @@ def record_of(request: Request) -> RequestRecord:
 class RequestObserver:
     """ASGI middleware, the outermost: `x-request-id`, `foregate_requests_total`, and 500 for the unforeseen."""
 
-    def __init__(self, app: ASGIApp, *, metrics: ServerMetrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: ServerMetrics, requests: RequestLog, clock: Callable[[], float]
+    ) -> None:
         self._app = app
+        self._requests = requests
         self._metrics = metrics
         self._clock = clock
 
@@ -75,8 +80,13 @@ class RequestObserver:
             if not record.response_started:
                 await as_api_error(exc).response()(scope, receive, send_with_id)
         finally:
+            endpoint = endpoint_of(scope)
+            if record.logged is not None:
+                self._requests.end(record.logged)
+            else:
+                self._requests.refuse(record, endpoint)
             self._metrics.count_request(
-                endpoint=_endpoint(scope),
+                endpoint=endpoint,
                 code=record.code,
                 finish_reason=record.finish_reason,
                 stream=record.stream,
@@ -88,6 +98,6 @@ def _request_id(scope: Scope) -> str:
     return given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
 
 
-def _endpoint(scope: Scope) -> str:
+def endpoint_of(scope: Scope) -> str:
     """The route's pattern, never the path as sent, which would be an unbounded label."""
     return str(getattr(scope.get("route"), "path", "other"))

@@ -11,10 +11,12 @@ from server.routes.admin import admin_router
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.docs import docs_router
+from server.routes.dashboard import dashboard_router
 from server.routes.experts import experts_router
 from server.routes.health import health_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
+from server.routes.pages import pages_router
 from server.routes.tokenize import tokenize_router
 
 ROUTERS: dict[str, Callable[[AppContext], APIRouter]] = {
@@ -23,6 +25,8 @@ ROUTERS: dict[str, Callable[[AppContext], APIRouter]] = {
     "models": models_router,
     "tokenize": tokenize_router,
     "experts": experts_router,
+    "dashboard": dashboard_router,
+    "pages": pages_router,
     "health": health_router,
     "metrics": metrics_router,
     "admin": admin_router,

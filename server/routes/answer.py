@@ -13,7 +13,7 @@ from server.collect import Collected, Tally
 from server.context import AppContext
 from server.generation import Job, Outputs, collect, first_output, run_jobs
 from server.metrics import RequestTimer
-from server.middleware import RequestRecord, record_of
+from server.middleware import endpoint_of, record_of
 from server.sse import Chunker, EventStream
 
 
@@ -44,7 +44,7 @@ async def answer_whole(
 ) -> Response:
     """`n`: choices of each prompt. Raises the engine's errors, `GenerationFailed` and `ClientGone`."""
     record = record_of(request)
-    outputs = _outputs(ctx, record, jobs)
+    outputs = _outputs(ctx, request, jobs)
     choices, tally = await collect(outputs, request.receive, len(jobs), n=n)
     record.finish_reason = choices[0].finish_reason or ""
     return json_response(build(choices, tally))
@@ -54,11 +54,13 @@ async def answer_stream(ctx: AppContext, request: Request, jobs: Sequence[Job], 
     """Raises what fails before the first output; what fails later becomes an event of the stream."""
     record = record_of(request)
     record.stream = True
-    outputs = _outputs(ctx, record, jobs)
+    outputs = _outputs(ctx, request, jobs)
     first = await first_output(outputs, request.receive)
     return EventStream(first, outputs, chunker, record, heartbeat_s=ctx.settings.heartbeat_s)
 
 
-def _outputs(ctx: AppContext, record: RequestRecord, jobs: Sequence[Job]) -> Outputs:
+def _outputs(ctx: AppContext, request: Request, jobs: Sequence[Job]) -> Outputs:
+    record = record_of(request)
     timer = RequestTimer(ctx.metrics, record.started_s, ctx.clock)
-    return run_jobs(ctx.engine, jobs, timer, max_parallel=ctx.settings.max_parallel_prompts)
+    record.logged = ctx.requests.begin(record, endpoint_of(request.scope), timer)
+    return run_jobs(ctx.engine, jobs, record.logged, max_parallel=ctx.settings.max_parallel_prompts)
