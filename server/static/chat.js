@@ -5,9 +5,11 @@ import { render } from "./markdown.js";
 
 const at = (id) => document.getElementById(id);
 const [log, empty, status, prompt, send, stop] = ["log", "empty", "status", "prompt", "send", "stop"].map(at);
-const SETTINGS = { system: "", temperature: "0.7", "max-tokens": "512" };
+const SETTINGS = { system: "", temperature: "0.7", "max-tokens": "" };
 const EXAMPLES = ["What is the capital of France?", "Explain in three sentences why the sky is blue.",
   "Write a Python function that reverses a string."];
+const PASSES = { loading: "The model is still loading", overloaded: "The server is busy",
+  restarting: "The engine had failed and is being started again" }; // what 503 is worth waiting for
 const STORED_AS = "foregate.conversation";
 
 let turns = []; // {role, content, figures, error, reasoning}
@@ -115,8 +117,8 @@ async function patientlyAsk(body, signal) {
     try {
       return await ask("v1/chat/completions", { body, signal });
     } catch (error) {
-      if (!(error instanceof Refused) || error.status !== 503 || error.code === "shutting_down") throw error;
-      const what = error.code === "loading" ? "The model is still loading" : "The server is busy";
+      const what = error instanceof Refused && error.status === 503 && PASSES[error.code];
+      if (!what) throw error;
       const seconds = Math.min(30, Math.max(1, error.retryAfter));
       for (let left = Math.round(seconds); left > 0; left -= 1) {
         say(`${what}. Your message is sent again in ${left} s.`);

@@ -258,7 +258,8 @@ function drawHead() {
   text("about", about.join("; "));
   text("bottom", `Foregate ${latest.server.version}, up ${span(latest.server.uptime_s)}. Rates are means over ${WINDOW_S} s. ` +
     "The page pauses while its tab is hidden.");
-  if (latest.error) trouble(`The engine has stopped: ${latest.error}`);
+  if (state === "dead") trouble(`The engine has stopped${latest.error ? `: ${latest.error}` : ""}. The server's log says more.`);
+  if (state === "restarting") trouble("The engine had failed and is being started again.");
 }
 
 function setState(name, words) {
@@ -302,7 +303,7 @@ let lastHeardAt = 0;
 let expertsAskedAt = 0;
 
 async function askForExperts() {
-  if (!latest.experts || latest.state === "loading" || performance.now() - expertsAskedAt < 1900) return;
+  if (!latest.experts || !["ready", "draining"].includes(latest.state) || performance.now() - expertsAskedAt < 1900) return;
   expertsAskedAt = performance.now();
   try {
     table = await (await ask("v1/experts/stats", { signal: AbortSignal.timeout(10000) })).json();

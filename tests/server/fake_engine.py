@@ -66,6 +66,7 @@ class FakeEngine:
 
     def __init__(self, script: Script | Callable[[list[int]], Script] | None = None) -> None:
         self.script = script or Script()
+        self.model = INFO
         self.state: EngineState = "ready"
         self.stats_to_tell = EngineStats(state="ready")
         self.seen: list[tuple[str, list[int], SamplingParams]] = []
@@ -83,7 +84,7 @@ class FakeEngine:
 
     @property
     def info(self) -> ModelInfo:
-        return INFO
+        return self.model
 
     async def start(self) -> None:
         self.state = "loading"
@@ -111,7 +112,7 @@ class FakeEngine:
         return list(text.encode())
 
     async def decode(self, token_ids: list[int]) -> str:
-        if any(token_id >= INFO.vocab_size for token_id in token_ids):
+        if any(token_id >= self.info.vocab_size for token_id in token_ids):
             raise InvalidRequest("no such token", param="tokens")
         return bytes(token_ids).decode("utf-8", "replace")
 
@@ -122,7 +123,7 @@ class FakeEngine:
         self.seen.append((request_id, prompt_token_ids, params))
         if script.refusal is not None:
             raise script.refusal
-        check_request(INFO, prompt_token_ids, params)
+        check_request(self.info, prompt_token_ids, params)
         self.num_open += 1
         finished = False
         try:
