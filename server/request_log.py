@@ -68,6 +68,10 @@ class LoggedRequest:
     def started_s(self) -> float:
         return self._record.started_s
 
+    @property
+    def was_turned_away(self) -> bool:
+        return self._record.code == "503" and not self._latest
+
     def saw(self, index: int, output: RequestOutput) -> None:
         """The next output of one choice."""
         if self._watcher is not None:
@@ -120,16 +124,17 @@ class RequestLog:
         return logged
 
     def end(self, logged: LoggedRequest) -> None:
-        """Its record is complete."""
+        """Its record is complete. Those that found no room are only counted, or they would soon be all there is."""
         logged.ended()
         self._running.pop(id(logged), None)
-        self._ended.append(logged)
+        if logged.was_turned_away:
+            self.num_turned_away += 1
+        else:
+            self._ended.append(logged)
 
     def refuse(self, record: RequestFacts, endpoint: str) -> None:
-        """A request ended before it had begun. Those that found no room are only counted, or they would be all."""
-        if record.code == "503":
-            self.num_turned_away += 1
-        elif endpoint.rsplit("/", 1)[-1] in _LOGGED:
+        """A request ended before it had begun."""
+        if endpoint.rsplit("/", 1)[-1] in _LOGGED:
             self.end(self.begin(record, endpoint))
 
     def lines(self, most: int = 60) -> list[RequestLine]:

@@ -1,6 +1,6 @@
 /* The chat page: one conversation, kept in this tab, answered over the same API that every client uses. */
 "use strict";
-import { Refused, Unreachable, ask, make, remember, remembered, sleep } from "./session.js";
+import { Refused, Unreachable, ask, askForJson, make, remember, remembered, sleep } from "./session.js";
 import { render } from "./markdown.js";
 
 const at = (id) => document.getElementById(id);
@@ -98,7 +98,10 @@ async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
     if (done) throw new Unreachable("the connection was lost before the answer was complete");
     rest += value;
     const parts = rest.split("\n\n");
@@ -271,7 +274,7 @@ for (const text of EXAMPLES) {
 async function name() {
   for (;;) {
     try {
-      const { data } = await (await ask("v1/models")).json();
+      const { data } = await askForJson("v1/models", 10);
       at("model").textContent = data[0].id;
       if (!running && /^(The model is still|Cannot)/.test(status.textContent)) say("");
       return;

@@ -1,6 +1,6 @@
 /* The live page: asks the server every second for what is new, while somebody looks. Plots and colours are plots.js's. */
 "use strict";
-import { Refused, Unreachable, ask, make } from "./session.js";
+import { Refused, Unreachable, askForJson, make } from "./session.js";
 import { HeatMap } from "./heatmap.js";
 
 const SPAN_S = 300; // of the plots
@@ -306,19 +306,16 @@ async function askForExperts() {
   if (!latest.experts || !["ready", "draining"].includes(latest.state) || performance.now() - expertsAskedAt < 1900) return;
   expertsAskedAt = performance.now();
   try {
-    table = await (await ask("v1/experts/stats", { signal: AbortSignal.timeout(10000) })).json();
+    table = await askForJson("v1/experts/stats", 10);
   } catch (error) {
-    if (!(error instanceof Refused || error instanceof Unreachable || error.name === "TimeoutError")) throw error;
+    if (!(error instanceof Refused || error instanceof Unreachable)) throw error; // the next second will tell
   }
 }
 
 async function once() {
   try {
-    const timeout = AbortSignal.timeout(8000);
-    const after = () => `dashboard/data?after=${rows.length ? rows.at(-1).seq : 0}`;
-    if (!take(await (await ask(after(), { signal: timeout })).json())) {
-      take(await (await ask(after(), { signal: timeout })).json());
-    }
+    const news = () => askForJson(`dashboard/data?after=${rows.length ? rows.at(-1).seq : 0}`, 8);
+    if (!take(await news())) take(await news());
     lastHeardAt = performance.now();
     trouble("");
     at("data").classList.remove("stale");
@@ -326,7 +323,7 @@ async function once() {
     if (!table) await Promise.race([experts, new Promise((resolve) => setTimeout(resolve, 500))]);
     draw();
   } catch (error) {
-    if (!(error instanceof Refused || error instanceof Unreachable || error.name === "TimeoutError")) throw error;
+    if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
     const since = lastHeardAt ? ` What is shown is ${span((performance.now() - lastHeardAt) / 1000)} old.` : "";
     const what = error instanceof Refused ? `The server answers: ${error.message}.` : "Cannot reach the server.";
     trouble(`${what} Trying again every second.${since}`);

@@ -38,21 +38,26 @@ export function make(name, { text, className, ...attributes } = {}, ...children)
   return made;
 }
 
-/* A response that is fine. Throws `Unreachable`, `Refused` or, when `signal` says so, an AbortError. A server that wants
-   a key gets the one the user is asked for. */
-export async function ask(path, { body, signal } = {}) {
+/* What it sends, whole, as JSON decodes it; a server that takes longer than `seconds` counts as `Unreachable`. */
+export const askForJson = (path, seconds) => ask(path, { seconds, read: (response) => response.json() });
+
+/* A response that is fine, or what `read` makes of it. Throws `Unreachable`, `Refused` or, when `signal` says so, an
+   AbortError. A server that wants a key gets the one the user is asked for, who may take any time. */
+export async function ask(path, { body, signal, seconds, read } = {}) {
   for (let isAgain = false; ; isAgain = true) {
     const sent = key;
     const headers = body === undefined ? {} : { "Content-Type": "application/json" };
     if (sent) headers.Authorization = `Bearer ${sent}`;
-    let response;
+    let response, made;
     try {
       response = await fetch(path, {
-        method: body === undefined ? "GET" : "POST", headers, signal, cache: "no-store", credentials: "same-origin",
+        method: body === undefined ? "GET" : "POST", headers, cache: "no-store", credentials: "same-origin",
+        signal: seconds ? AbortSignal.timeout(1000 * seconds) : signal,
         body: body === undefined ? undefined : JSON.stringify(body),
       });
+      made = response.ok && read ? await read(response) : response;
     } catch (error) {
-      if (error.name === "AbortError" || error.name === "TimeoutError") throw error;
+      if (signal && signal.aborted) throw error;
       throw new Unreachable("the server does not answer");
     }
     if (response.status === 401) {
@@ -60,7 +65,7 @@ export async function ask(path, { body, signal } = {}) {
       continue;
     }
     if (sent) remember(STORED_AS, sent);
-    if (response.ok) return response;
+    if (response.ok) return made;
     const told = await response.json().catch(() => ({}));
     throw new Refused(response.status, (told && told.error) || {}, response.headers.get("retry-after"));
   }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 
 from engine.errors import EngineOverloaded, InvalidRequest
 from server.auth import hash_key
-from tests.server.browser import SCREENS, OpenPage, background, browser, open_page, overflow
+from tests.server.browser import SCREENS, OpenPage, browser, contrast, open_page, overflow
 from tests.server.fake_engine import FakeEngine, Script, Token
 from tests.server.live_server import LiveServer
 
@@ -229,22 +229,17 @@ def test_settings_are_sent_and_the_conversation_outlives_a_reload(chat: Page, en
     expect(chat.locator("article")).to_have_count(0)
 
 
-@pytest.fixture
-def lightness() -> Callable[[Page], float]:
-    return lambda page: sum(background(page)) / 3
-
-
 @pytest.mark.parametrize("screen", SCREENS)
 def test_the_page_fits_its_screen_in_light_and_dark(
-    live: LiveServer, engine: FakeEngine, open_page: OpenPage, screen: str, lightness: Callable[[Page], float]
+    live: LiveServer, engine: FakeEngine, open_page: OpenPage, screen: str
 ) -> None:
     engine.script = Script([Token("```\n" + 300 * "x" + "\n```\n"), Token("y" * 300), Token("\n\n- z")])
     page = open_page(f"{live.url}/", reduced_motion="reduce", **SCREENS[screen])
-    assert overflow(page) == 0
     say(page, "w" * 200)
     expect(page.locator(".figures-line")).to_be_visible()
     assert overflow(page) == 0
-    assert (lightness(page) < 64) if "dark" in screen else (lightness(page) > 192)
+    assert contrast(page, "light") > 7
+    assert contrast(page, "dark") < -7
     box = page.locator("#prompt").bounding_box()
     assert box is not None
     assert box["y"] + box["height"] <= SCREENS[screen]["viewport"]["height"]  # one can always write
