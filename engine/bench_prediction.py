@@ -11,8 +11,9 @@ import msgspec
 import numpy as np
 from torch import Tensor
 
-from cache.predictors import PREDICTORS
+from cache.predictors import LEARNED, PREDICTORS
 from cache.predictors.fusion import Fusion
+from cache.predictors.path import PATH
 from cache.predictors.predictor import View
 from engine.batch import Batch
 from engine.checkpoint import Checkpoint
@@ -21,7 +22,8 @@ from engine.convert import Progress
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.foresight import make_gates
-from engine.layers.foresight import MAX_DISTANCE, Gate
+from engine.layers.foresight import MAX_DISTANCE, Gate, TokenRouter
+from engine.path_router import load_path_router, path_router_path
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from kernels.backend import Routing, choose_backend
@@ -41,10 +43,12 @@ class PredictionResult(msgspec.Struct, frozen=True, kw_only=True):
 class _Contest:
     """Every predictor alone and all of them fused, on the same steps. Only decode steps count."""
 
-    def __init__(self, shape: tuple[int, int, int], gates: dict[str, Gate]) -> None:
+    def __init__(self, shape: tuple[int, int, int], gates: dict[str, Gate], path: TokenRouter | None) -> None:
         self._gates = gates
+        self._path = path
         self._shape = shape
-        names = [name for name in PREDICTORS if name in gates or name not in ("stale_gate", "probe")]
+        unknown = {*LEARNED} - gates.keys() - ({PATH} if path is not None else set())
+        names = [name for name in PREDICTORS if name not in unknown]
         teams = {name: [name] for name in names} | ({FUSED: list(names)} if len(names) > 1 else {})
         self._ahead = {team: self._fusion(members, MAX_DISTANCE) for team, members in teams.items()}
         paths = {team: [m for m in members if m not in self._gates] for team, members in teams.items()}
@@ -58,7 +62,9 @@ class _Contest:
 
     def step_begins(self, batch: Batch) -> None:
         self._is_decode = batch.phase == "decode"
-        self._view = View(-1, batch.requests, batch.token_ids.tolist())
+        tokens = batch.token_ids.tolist()
+        known = {} if self._path is None else {PATH: self._path(batch.requests, tokens)}
+        self._view = View(-1, batch.requests, tokens, known)
         for fusion in (*self._ahead.values(), *self._paths.values()):
             fusion.step_begins()
         for fusion in self._paths.values():
@@ -79,7 +85,7 @@ class _Contest:
             return
         known = {name: gate(index, x) for name, gate in self._gates.items()}
         outputs = {name: output for name, output in known.items() if output is not None}
-        view = View(index, self._view.requests, self._view.token_ids, outputs)
+        view = View(index, self._view.requests, self._view.token_ids, self._view.gates | outputs)
         for fusion in self._ahead.values():
             fusion.predict(view)
 
@@ -89,6 +95,8 @@ class _Contest:
     def request_ends(self, number: int) -> None:
         for fusion in (*self._ahead.values(), *self._paths.values()):
             fusion.ended(number)
+        if self._path is not None:
+            self._path.ended(number)
 
     def _count(self, team: str, distance: int, counts: tuple[int, int]) -> None:
         if self._is_decode:
@@ -125,7 +133,8 @@ def bench_prediction(
     tokenizer = Tokenizer(config.model)
     backend = choose_backend(config.kernels, config.num_threads or 1)
     shape = (len(moe.layers), moe.num_experts, moe.num_active)
-    contest = _Contest(shape, make_gates(list(PREDICTORS), checkpoint, backend, config.cache))
+    path = load_path_router(path_router_path(config.cache, checkpoint), checkpoint)
+    contest = _Contest(shape, make_gates(list(PREDICTORS), checkpoint, backend, config.cache), path)
     config = replace(config, cache=replace(config.cache, predictor="off"))
     engine = Engine(config, progress, tokenizer=tokenizer, backend=backend, observer=contest)
     texts = list(prompts) or QUESTIONS_PATH.read_text(encoding="utf-8").splitlines()

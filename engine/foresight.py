@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.predictors import PREDICTORS
+from cache.predictors import LEARNED, PREDICTORS
 from cache.predictors.fusion import Fusion
+from cache.predictors.path import PATH
 from cache.prefetcher import Prefetcher
 from engine.checkpoint import Checkpoint
 from engine.config import CacheConfig, EngineConfig
@@ -19,6 +20,7 @@ from engine.layers.foresight import MAX_DISTANCE, ExactForesight, Gate, LearnedF
 from engine.layers.moe import ExpertArena
 from engine.loader import expert_keys
 from engine.models.spec import ModelSpec, MoeSpec
+from engine.path_router import load_path_router, path_router_path
 from engine.probe_file import load_probe, probe_path
 from kernels.backend import Backend, Linear
 
@@ -62,12 +64,15 @@ def make_foresight(
     if experts.cache.holds_all:
         return None
     gates = make_gates(names, checkpoint, backend, config.cache)
-    names = [name for name in names if name in gates or name not in ("stale_gate", "probe")]
-    if predictor != "auto" and "probe" in predictor.split("+") and "probe" not in gates:
-        raise ConfigError("this model has no probe: run `foregate train-predictor` first, or choose another predictor")
+    path = load_path_router(path_router_path(config.cache, checkpoint), checkpoint) if PATH in names else None
+    known = PREDICTORS.keys() - LEARNED | gates.keys() | ({PATH} if path is not None else set())
+    if predictor != "auto" and (unlearned := [name for name in names if name not in known]):
+        raise ConfigError(
+            f"this model has no {unlearned[0]}: run `foregate train-predictor` first, or choose another predictor"
+        )
     shape = (len(moe.layers), moe.num_experts, moe.num_active)
-    fusion = Fusion([PREDICTORS[name](*shape) for name in names], shape, MAX_DISTANCE)
-    return LearnedForesight(prefetcher, keys, fusion, gates)
+    fusion = Fusion([PREDICTORS[name](*shape) for name in names if name in known], shape, MAX_DISTANCE)
+    return LearnedForesight(prefetcher, keys, fusion, gates, path)
 
 
 def make_gates(names: Sequence[str], checkpoint: Checkpoint, backend: Backend, config: CacheConfig) -> dict[str, Gate]:

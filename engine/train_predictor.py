@@ -1,10 +1,11 @@
-"""Learns the probe: a linear map from a layer's router input to the choices of the layers after it."""
+"""Learns the probe, a linear map from a layer's router input to the later layers' choices, and the path router."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.foresight import gate_weights
 from engine.layers.foresight import MAX_DISTANCE
+from engine.learn_path import learn_path
+from engine.path_router import embedding_of, path_router_path, save_path_router
 from engine.probe_file import probe_path, save_probe
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
@@ -40,6 +43,14 @@ class ProbeRecall(NamedTuple):
     probe: float
 
 
+class Learned(NamedTuple):
+    """Where the predictors lie, and how well they foretell."""
+
+    paths: list[Path]
+    probe: list[ProbeRecall]
+    path: float  # of all layers, from the token ids alone
+
+
 @dataclass(slots=True)
 class _Rows:
     """What the layers saw: one observer of an engine."""
@@ -49,10 +60,11 @@ class _Rows:
     inputs: list[list[Tensor]]  # of each layer [T, H] bf16
     chosen: list[list[Tensor]]  # of each layer [T, k]
     requests: list[int]
+    token_ids: list[int]
 
     @classmethod
     def of(cls, num_layers: int, max_tokens: int) -> _Rows:
-        return cls(num_layers, max_tokens, [[] for _ in range(num_layers)], [[] for _ in range(num_layers)], [])
+        return cls(num_layers, max_tokens, [[] for _ in range(num_layers)], [[] for _ in range(num_layers)], [], [])
 
     @property
     def is_full(self) -> bool:
@@ -60,6 +72,7 @@ class _Rows:
 
     def step_begins(self, batch: Batch) -> None:
         self.requests += batch.requests
+        self.token_ids += batch.token_ids.tolist()
 
     def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
         self.inputs[index].append(x.to(torch.bfloat16))
@@ -79,8 +92,8 @@ def train_predictor(
     max_tokens: int = MAX_TOKENS,
     seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[Path, list[ProbeRecall]]:
-    """Let the model answer prompts, fit the probe to its routing, and keep it beside the packed experts.
+) -> Learned:
+    """Let the model answer prompts, fit the probe and the path router to its routing, keep them beside the experts.
 
     `prompts`: texts; if there are none, those that come with Foregate. Raises `ConfigError` for a model that has no
     layers to foretell.
@@ -118,7 +131,20 @@ def train_predictor(
             progress("fitting layers", index + 1, len(moe.layers) - 1)
     path = probe_path(config.cache, checkpoint)
     save_probe(path, checkpoint, maps)
-    return path, [ProbeRecall(d, c[1] / c[0], c[2] / c[0]) for d, c in counts.items() if c[0]]
+    tensors, recall = learn_path(
+        embedding_of(checkpoint),
+        rows.token_ids[:max_tokens],
+        rows.requests[:max_tokens],
+        torch.stack(chosen, dim=1),
+        is_held_out,
+        moe.num_experts,
+        seed=seed,
+        progress=None if progress is None else partial(progress, "learning the path router"),
+    )
+    router_path = path_router_path(config.cache, checkpoint)
+    save_path_router(router_path, checkpoint, tensors)
+    recalls = [ProbeRecall(d, c[1] / c[0], c[2] / c[0]) for d, c in counts.items() if c[0]]
+    return Learned([path, router_path], recalls, recall)
 
 
 def _answer(config: EngineConfig, rows: _Rows, prompts: Sequence[str], seed: int, progress: Progress | None) -> None:

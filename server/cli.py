@@ -165,13 +165,15 @@ def train_predictor(
     )
     texts = [] if prompts is None else list(filter(None, prompts.read_text(encoding="utf-8").splitlines()))
     with ProgressDisplay() as display:
-        path, recalls = train(config, prompts=texts, max_tokens=tokens, seed=seed or 0, progress=display)
-    for recall in recalls:
+        learned = train(config, prompts=texts, max_tokens=tokens, seed=seed or 0, progress=display)
+    for recall in learned.probe:
         typer.echo(
             f"{recall.distance} layers ahead: the probe foretells {recall.probe:.1%} of the routed experts, "
             f"the later layers' own routers {recall.stale_gate:.1%}"
         )
-    typer.echo(path)
+    typer.echo(f"all layers, from the tokens alone: the path router foretells {learned.path:.1%}")
+    for path in learned.paths:
+        typer.echo(path)
 
 
 @app.command()

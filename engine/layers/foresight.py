@@ -13,6 +13,7 @@ from torch import Tensor
 from cache.certain_prefetch import CertainPrefetch
 from cache.expert_key import ExpertKey
 from cache.predictors.fusion import Fusion, used_by_any
+from cache.predictors.path import PATH
 from cache.predictors.predictor import View
 from cache.prefetcher import Prefetcher
 from engine.batch import Batch
@@ -117,6 +118,16 @@ class Gate(Protocol):
         ...
 
 
+class TokenRouter(Protocol):
+    """A causal router over token ids."""
+
+    def __call__(self, requests: Sequence[int], token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """The next tokens of some requests -> [L, T, E] of all layers with experts."""
+        ...
+
+    def ended(self, request: int) -> None: ...
+
+
 class LearnedForesight:
     """Of a model whose layers route themselves: what its predictors expect, as far as the link has room."""
 
@@ -126,12 +137,14 @@ class LearnedForesight:
         keys: Sequence[Sequence[ExpertKey]],
         fusion: Fusion,
         gates: dict[str, Gate],
+        path: TokenRouter | None = None,
     ) -> None:
-        """`keys`: of each layer with experts, in the router's order."""
+        """`keys`: of each layer with experts, in the router's order. `path`: the `path` predictor's."""
         self._prefetcher = prefetcher
         self._keys = keys
         self._fusion = fusion
         self._gates = gates
+        self._path = path
         self._rows = np.zeros(0, dtype=np.int64)  # of the step that are looked at
         self._scale = 1.0  # rows of the step for each of those
         self._view: View | None = None  # of this step; None while nothing is foretold
@@ -148,7 +161,8 @@ class LearnedForesight:
         self._rows = np.linspace(0, num_rows - 1, min(num_rows, MAX_ROWS)).astype(np.int64)
         self._scale = num_rows / len(self._rows)
         tokens = batch.token_ids.numpy()[self._rows].tolist()
-        self._view = View(-1, [batch.requests[row] for row in self._rows.tolist()], tokens)
+        requests = [batch.requests[row] for row in self._rows.tolist()]
+        self._view = View(-1, requests, tokens, {} if self._path is None else {PATH: self._path(requests, tokens)})
         if self._is_of_use(-1):
             self._foretell(self._view)
 
@@ -166,13 +180,15 @@ class LearnedForesight:
             few = x if len(self._rows) == len(x) else x[torch.from_numpy(self._rows)]
             outputs = {name: gate(index, few) for name, gate in self._gates.items()}
             known = {name: output for name, output in outputs.items() if output is not None}
-            self._foretell(View(index, self._view.requests, self._view.token_ids, known))
+            self._foretell(View(index, self._view.requests, self._view.token_ids, self._view.gates | known))
 
     def step_ends(self) -> None:
         self._prefetcher.step_ends(self._num_decoded)
 
     def request_ends(self, number: int) -> None:
         self._fusion.ended(number)
+        if self._path is not None:
+            self._path.ended(number)
 
     def _is_of_use(self, index: int) -> bool:
         """Whether the link has room for something, or the fusion has to learn."""

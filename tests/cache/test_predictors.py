@@ -36,7 +36,10 @@ class Workload:
         return tokens, chosen
 
     def gates(self, chosen: np.ndarray, index: int) -> np.ndarray:
-        logits = chosen[index + 1 : index + 1 + DISTANCE] * 2.0
+        return self.noisy(chosen[index + 1 : index + 1 + DISTANCE])
+
+    def noisy(self, chosen: np.ndarray) -> np.ndarray:
+        logits = chosen * 2.0
         return (logits + self.rng.normal(0, self.noise, logits.shape)).astype(np.float32)
 
 
@@ -48,7 +51,8 @@ def recall(names: list[str], noise: float = 1.0, steps: int = 150, requests=(0, 
     for step in range(steps):
         tokens, chosen = work.step(list(requests))
         fusion.step_begins()
-        start = View(-1, requests, tokens)
+        path = {"path": work.noisy(chosen)} if "path" in names else {}
+        start = View(-1, requests, tokens, path)
         fusion.predict(start)
         for index in range(LAYERS):
             for distance, (hits, uses) in fusion.observe(index, start, chosen[index]).items():
@@ -57,7 +61,7 @@ def recall(names: list[str], noise: float = 1.0, steps: int = 150, requests=(0, 
                     counts[distance][1] += uses
             if index + 1 < LAYERS:
                 gate = {name: work.gates(chosen, index) for name in names if name in ("stale_gate", "probe")}
-                fusion.predict(View(index, requests, tokens, gate))
+                fusion.predict(View(index, requests, tokens, path | gate))
     return {d: hits / uses for d, (hits, uses) in counts.items()}
 
 
