@@ -84,7 +84,9 @@ def simulate(
     machine: Annotated[str | None, typer.Option(help="One of the hardware table: rtx4090, l40s, h100-80g, ...")] = None,
     model_shape: Annotated[str | None, typer.Option(help="With --machine: olmoe, gpt-oss-20b, ...")] = None,
     experts: Annotated[str, typer.Option(help="With --machine: format of the experts.")] = "int4",
-    cache: Annotated[str, typer.Option(help="Slots: shares of all experts like 25%, or numbers of experts.")] = "25%",
+    cache: Annotated[
+        str, typer.Option(help="Slots: shares like 25%, numbers of experts, or fits, all there is room for.")
+    ] = "25%",
     policy: Annotated[str, typer.Option(help="Policies; belady knows the future.")] = "segment",
     predictor: Annotated[str, typer.Option(help="off, oracle, or auto, one of that recall and precision.")] = "off",
     recall: Annotated[float, typer.Option(help="Share of the routed experts that are foretold a layer ahead.")] = 0.85,
@@ -95,6 +97,9 @@ def simulate(
     host_memory: HostMemory = None,
     exclusive_tiers: ExclusiveTiers = False,
     requests: Annotated[str | None, typer.Option(metavar="A:B", help="Of each file, these requests only.")] = None,
+    reshape: Annotated[
+        bool, typer.Option("--reshape", help="With --machine: fold or spread another model's trace to the shape.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Tokens/s, stall and hit rate of a recorded routing on this machine or on one that is not here.
@@ -106,16 +111,18 @@ def simulate(
 
     costs = _costs(calibration, machine, model_shape, experts)
     routed = read_trace(trace, requests)
+    if reshape:
+        routed = _reshaped(costs, routed, model_shape)
     costs.check(routed)
     host_slots = _host_slots(costs, routed, host_memory)
     if not json:
-        typer.echo(_title(costs, routed))
+        typer.echo(_title(costs, routed) + (", RESHAPED from another model's routing" if reshape else ""))
         typer.echo(_HEADER)
     for size, name, foretold, at_once, rate_text in product(
         _split(cache), _split(policy), _split(predictor), _split(concurrency), _split(link)
     ):
         settings = SimulationSettings(
-            num_slots=_fitting(costs, num_slots_of(size, routed.num_keys)),
+            num_slots=_num_slots(costs, size, routed.num_keys),
             policy=name,
             predictor=foretold,
             concurrency=_number(at_once),
@@ -235,12 +242,26 @@ def _host_slots(costs: Calibration, trace: RoutingTrace, host_memory: int | None
     return min(trace.num_keys, host_memory // costs.record_nbytes)
 
 
-def _fitting(costs: Calibration, num_slots: int) -> int:
-    needed = num_slots * costs.record_nbytes
-    if costs.memory_nbytes is not None and needed > costs.memory_nbytes:
+def _reshaped(costs: Calibration, trace: RoutingTrace, model_shape: str | None) -> RoutingTrace:
+    from cache.reshape import reshape
+    from engine.hardware import hardware
+
+    if costs.is_measured or model_shape is None:
+        raise typer.BadParameter("only with --machine and --model-shape", param_hint="--reshape")
+    return reshape(trace, costs.num_layers, costs.num_experts, hardware().models[model_shape].num_active)
+
+
+def _num_slots(costs: Calibration, size: str, num_keys: int) -> int:
+    room = None if costs.memory_nbytes is None else costs.memory_nbytes // costs.record_nbytes
+    if size == "fits":
+        if room is None:
+            raise ConfigError("what fits is known of machines of the table only: give a share or a number")
+        return min(room, num_keys)
+    num_slots = num_slots_of(size, num_keys)
+    if room is not None and num_slots > room:
         raise ConfigError(
-            f"{num_slots} experts are {needed / _GIB:.1f} GiB, {costs.machine} has {costs.memory_nbytes / _GIB:.1f} "
-            f"GiB for them: {costs.memory_nbytes // costs.record_nbytes} at most"
+            f"{num_slots} experts are {num_slots * costs.record_nbytes / _GIB:.1f} GiB, {costs.machine} has "
+            f"{(costs.memory_nbytes or 0) / _GIB:.1f} GiB for them: {room} at most"
         )
     return num_slots
 

@@ -41,6 +41,7 @@ SERVER_MAY_SEE = {
     "cache.measure",
     "cache.packed_file",
     "cache.replay",
+    "cache.reshape",
     "cache.stats",
     "cache.trace",
     "cache.workload",

@@ -63,6 +63,14 @@ def test_a_machine_of_the_table_is_labelled_as_simulated(tmp_path: Path):
     assert not json.loads(run(*args, "--json"))["is_measured"]
 
 
+def test_another_models_trace_is_reshaped_if_asked_and_the_title_says_so(tmp_path: Path):
+    local_trace(0, [4], num_layers=4, num_experts=32, active=4).save(tmp_path / "t.npz")
+    args = (str(tmp_path / "t.npz"), "--machine", "l40s", "--model-shape", "olmoe", "--policy", "lru")
+    with pytest.raises(ConfigError, match="the trace has"):
+        run(*args)
+    assert "RESHAPED from another model's routing" in run(*args, "--reshape")
+
+
 @pytest.mark.parametrize(
     ("args", "why"),
     [
@@ -87,3 +95,14 @@ def test_costs_come_from_one_place(files: tuple[str, ...]):
     result = CliRunner().invoke(app, [*files, "--machine", "l40s"])
     assert result.exit_code == 2
     assert CliRunner().invoke(app, [files[0], "--machine", "l40s"]).exit_code == 2
+
+
+def test_what_fits_is_as_much_as_the_machine_has_room_for(files: tuple[str, ...], tmp_path: Path):
+    local_trace(0, [4], num_layers=32, num_experts=8, active=2).save(tmp_path / "t.npz")
+    args = (str(tmp_path / "t.npz"), "--machine", "rtx4090", "--model-shape", "mixtral", "--policy", "lru", "--json")
+    settings = json.loads(run(*args, "--experts", "bf16", "--cache", "fits"))["settings"]
+    assert 0 < settings["num_slots"] < 256
+    with pytest.raises(ConfigError, match=f"{settings['num_slots']} at most"):
+        run(*args, "--experts", "bf16", "--cache", str(settings["num_slots"] + 1))
+    with pytest.raises(ConfigError, match="known of machines of the table only"):
+        run(*files, "--cache", "fits")
