@@ -102,6 +102,8 @@ class EngineConfig:
     num_threads: int | None = None  # None: one for each core that this process may use
     record_trace: Path | None = None  # which experts tokens were routed to, written when the engine ends
     device: str = "cpu"  # where experts are computed: cpu, or a name in cache.device.DEVICES
+    expert_parallel: int = 1  # processes that share the experts
+    placement: Path | None = None  # which of them has which, from `foregate trace placement`; None: in turn
     kernels: str = "auto"  # a name in kernels.backend.BACKENDS; auto: native where it was built
     router: str = "auto"  # a name in engine.models.spec.ROUTERS; auto: the layers' own
     seed: int | None = None  # of requests that bring none; None: from the operating system
@@ -123,6 +125,7 @@ class EngineConfig:
             ("quantum", self.scheduler.quantum),
             ("num_io_threads", self.cache.num_io_threads),
             ("num_threads", self.num_threads),
+            ("expert_parallel", self.expert_parallel),
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")

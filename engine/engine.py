@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from engine.convert import Progress
 from engine.detokenizer import Detokenizer
 from engine.device_experts import DeviceExperts, device_room, open_named
 from engine.errors import ConfigError, InvalidRequest
+from engine.expert_group import ExpertGroup
 from engine.footprint import dense_nbytes, room_for_experts
 from engine.foresight import make_foresight
 from engine.kv_cache import BLOCK_SIZE, KVCache
@@ -69,9 +71,13 @@ class Engine:
         backend: Backend | None = None,
         observer: RoutingObserver | None = None,
         device: Device | None = None,
+        rank: int = 0,
+        meeting: Path | None = None,
     ) -> None:
         """`checkpoint`, `tokenizer`, `backend` and `device` stand in for what the configuration names; `observer` sees
-        every layer call."""
+        every layer call. `rank` and `meeting`: of one that follows, see `engine.expert_group`."""
+        if config.expert_parallel > 1 and checkpoint is not None:
+            raise ConfigError("the processes of --expert-parallel load a checkpoint from its directory")
         checkpoint = checkpoint or Checkpoint(config.model)
         spec = checkpoint.spec.with_router(config.router)
         config = config.resolved(spec.moe is not None)
@@ -94,9 +100,17 @@ class Engine:
             available = room_for_experts(free_memory_nbytes(), config.kv_memory_nbytes, dense)
         else:
             available = device_room(self._device, config.kv_memory_nbytes, dense)
+        group = ExpertGroup(config, spec.moe, rank) if config.expert_parallel > 1 else None
+        self._group = group
+        if group is not None and meeting is not None:
+            group.join(meeting)
         self._experts: ExpertArena | None = None
         if spec.moe is not None:
-            self._experts = open_experts(checkpoint, config.cache, available, progress, device=self._device)
+            self._experts = open_experts(
+                checkpoint, config.cache, available, progress, device=self._device, group=group
+            )
+        if group is not None and meeting is None:
+            group.lead()  # now that the packed experts are there
         waiter = None
         if isinstance(self._device, SimDevice) and isinstance(self._experts, DeviceExperts):
             on_stream = StreamBackend(backend, self._device, self._experts.pool.region)
@@ -106,7 +120,7 @@ class Engine:
             waiter = StepEnd(self._device)
         elif config.cache.cpu_experts:
             raise ConfigError("experts are computed on the CPU anyway: leave out --cpu-experts, or name a device")
-        foresight = make_foresight(config, spec, self._experts, checkpoint, backend)
+        foresight = None if group is not None else make_foresight(config, spec, self._experts, checkpoint, backend)
         self._live = None if config.scheduler.policy == "fcfs" else _live_experts(spec, self._experts)
         self._observers = Observers([one for one in (waiter, foresight, self._live, observer) if one is not None])
         self.recordings = Recordings(config.record_trace, spec.moe, self._observers)
@@ -120,7 +134,7 @@ class Engine:
             progress,
             observer=self._observers,
         )
-        self._runner = ModelRunner(model, KVCache(spec, num_blocks, dtype))
+        self._runner = ModelRunner(model, KVCache(spec, num_blocks, dtype), group)
         self._blocks = BlockManager(num_blocks, BLOCK_SIZE)
         self.scheduler = SCHEDULERS[config.scheduler.policy](
             config.scheduler, self._blocks, self._live, time.perf_counter
@@ -148,6 +162,8 @@ class Engine:
             dtype=config.dtype,
             expert_format=config.cache.format if self._experts is not None else None,
         )
+        if group is not None:
+            group.loaded()
 
     def observe(self, observer: RoutingObserver) -> None:
         """Tell one more observer of every layer call from the next step on."""
@@ -224,6 +240,8 @@ class Engine:
                 self.scheduler.remove(request)
             if self._experts is not None:
                 self._experts.cache.ended(request.number)
+            if self._group is not None:
+                self._group.request_ends(request.number)
             self._observers.request_ends(request.number)
 
     def step(self) -> list[RequestOutput]:
@@ -244,6 +262,8 @@ class Engine:
         try:
             results = self._step(output, scheduled_from)
         except Exception as error:
+            if self._group is not None:  # the other processes may be anywhere in the step
+                raise
             return self._fail_step(output, error)
         self._num_failed_steps = 0
         return results
@@ -309,6 +329,21 @@ class Engine:
                 _log.exception("request %s fails", request.request_id)
                 results.append(self._fail(request, f"{type(error).__name__}: {error}"))
         return results
+
+    def follow(self) -> None:
+        """Of a rank that does not lead: compute its experts' share of each step, until there are no more.
+
+        Raises `RuntimeError` when the leader is gone.
+        """
+        assert self._group is not None
+        assert self._experts is not None
+        while (step := self._group.receive()) is not None:
+            for number in step.ended:
+                self._experts.cache.ended(number)
+            try:
+                self._runner.follow(step.batch())
+            except ExpertFailure as failure:
+                _log.error("%s", failure)
 
     def _compute(self, output: SchedulerOutput) -> tuple[SchedulerOutput, Tensor]:
         """-> what was computed of it, and logits. What a device has no room for is tried again with half the tokens."""
@@ -377,8 +412,10 @@ class Engine:
             self._experts.cache.check_integrity(idle=idle)
 
     def close(self) -> None:
-        """Write the recorded trace, if any, and end the I/O threads."""
+        """Write the recorded trace, if any, and end the I/O threads and what other processes there are."""
         self.recordings.close()
+        if self._group is not None:
+            self._group.close()
         self._constraints.close()
         if self._experts is not None:
             self._experts.close()

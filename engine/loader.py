@@ -22,6 +22,7 @@ from engine.config import CacheConfig, format_nbytes
 from engine.convert import Progress, ensure_packed, expert_layout
 from engine.device_experts import DeviceExperts
 from engine.errors import ConfigError
+from engine.expert_group import ExpertGroup
 from engine.layers.foresight import RoutingObserver
 from engine.layers.moe import ExpertArena, LayerwiseRouter, MoELayer, PregatedRouter, Router
 from engine.layers.rotary import rotary_tables
@@ -212,16 +213,19 @@ def open_experts(
     progress: Progress | None = None,
     *,
     device: Device | None = None,
+    group: ExpertGroup | None = None,
 ) -> ExpertArena:
     """Pack the experts if that was not done before, and open them behind a cache of the configured budget.
 
     `available_nbytes` of memory may be taken if the configuration names no budget; of the `device`, if there is one.
+    Of a `group` each rank has slots for its own experts, and an even share of what is available.
     Raises `ConfigError` if the budget cannot hold a single expert, `PackedFileError` if the packed file is damaged.
     """
     moe = checkpoint.spec.moe
     assert moe is not None
     layout = expert_layout(checkpoint, config.format)
-    num_experts = len(moe.layers) * moe.num_experts
+    num_experts = len(moe.layers) * moe.num_experts if group is None else group.num_owned
+    available_nbytes //= 1 if group is None else group.size
     budget = config.memory_nbytes if config.memory_nbytes is not None else available_nbytes
     num_slots = min(budget // layout.nbytes, num_experts)
     if num_slots < 1:
@@ -248,7 +252,7 @@ def open_experts(
         cache = _open_cache(store, pool, config, _host_tier(store, config, num_experts))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return ExpertArena(cache, torch.frombuffer(pool.arena, dtype=torch.uint8), num_slots, layout)
+    return ExpertArena(cache, torch.frombuffer(pool.arena, dtype=torch.uint8), num_slots, layout, group)
 
 
 def _open_cache(store: ExpertStore, pool: SlotPool, config: CacheConfig, host: HostTier | None) -> ExpertCache:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cache.device.device import DeviceOutOfMemory
 from engine.batch import Batch
+from engine.expert_group import ExpertGroup
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder
 from engine.prompt_scores import score_prompts
@@ -14,11 +15,13 @@ from engine.scheduler import SchedulerOutput
 
 
 class ModelRunner:
-    """`run` is the only call per step."""
+    """`run` is the only call per step; `follow`, where another process leads."""
 
-    def __init__(self, model: Decoder, kv_cache: KVCache) -> None:
+    def __init__(self, model: Decoder, kv_cache: KVCache, group: ExpertGroup | None = None) -> None:
+        """`group`: is told of each step first."""
         self.model = model
         self._kv_cache = kv_cache
+        self._group = group
 
     def run(self, output: SchedulerOutput, *, all_logits: bool = False) -> Tensor:
         """-> float32 logits [n, V] of the sequences that have caught up, in batch order; or of every token.
@@ -30,8 +33,14 @@ class ModelRunner:
         """
         try:
             batch = Batch.build(output, all_logits=all_logits)
+            if self._group is not None:
+                self._group.send(batch)
             residual = self.model.residual(batch, self._kv_cache)
             score_prompts(output, residual, self.model.logits)
             return self.model.logits(residual if batch.logit_rows is None else residual[batch.logit_rows])
         except torch.OutOfMemoryError as error:
             raise DeviceOutOfMemory(str(error)) from error
+
+    def follow(self, batch: Batch) -> None:
+        """Compute what the leader computes, but for the logits. Raises as `run`."""
+        self.model.residual(batch, self._kv_cache)

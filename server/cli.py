@@ -13,7 +13,16 @@ import typer
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import ConfigError, EngineDead, EngineOverloaded
 from engine.threads import wait_passively
-from server import cli_analyze, cli_bench_experts, cli_plan, cli_schedule, cli_serve, cli_simulate, cli_trace
+from server import (
+    cli_analyze,
+    cli_bench_experts,
+    cli_placement,
+    cli_plan,
+    cli_schedule,
+    cli_serve,
+    cli_simulate,
+    cli_trace,
+)
 from server.cli_options import (
     KV_MEMORY,
     Dtype,
@@ -50,6 +59,7 @@ cli_simulate.register(app, cli_bench_experts.app)
 app.command()(cli_analyze.analyze)
 app.command()(cli_plan.plan)
 cli_trace.app.command()(cli_schedule.schedule)
+cli_trace.app.command()(cli_placement.placement)
 
 
 def main() -> None:

@@ -65,6 +65,18 @@ CachePolicy = Annotated[str, typer.Option(help="Which experts stay in memory: lr
 Predictor = Annotated[str, typer.Option(help="What experts are read ahead by: auto or off.")]
 HostMemory = Annotated[int | None, _size_option("A tier in RAM between disk and expert memory [default: none].")]
 ExclusiveTiers = Annotated[bool, typer.Option(help="What is in expert memory is not in host memory too.")]
+Device = Annotated[
+    str,
+    typer.Option(help="Where experts are computed: cpu, or sim, a device in host memory that behaves as a GPU does."),
+]
+CpuExperts = Annotated[
+    bool,
+    typer.Option("--cpu-experts", help="With --device: missing experts may be computed on the CPU, if that is sooner."),
+]
+ExpertParallel = Annotated[int, typer.Option(min=1, help="Processes that share the experts.")]
+PlacementFile = Annotated[
+    Path | None, typer.Option("--placement", help="Which of them has which, from `foregate trace placement`.")
+]
 LinkBandwidth = Annotated[
     float | None,
     typer.Option(

@@ -40,6 +40,7 @@ SERVER_MAY_SEE = {
     "cache.histogram",
     "cache.measure",
     "cache.packed_file",
+    "cache.placement",
     "cache.replay",
     "cache.reshape",
     "cache.stats",

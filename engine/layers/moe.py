@@ -14,6 +14,7 @@ from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError
 from engine.batch import Batch
+from engine.expert_group import ExpertGroup
 from engine.layers.cpu_experts import CpuExperts
 from engine.layers.foresight import RoutingObserver
 from kernels.backend import Backend, MlpKernel, Records, RouterKernel, Routing
@@ -31,9 +32,17 @@ class ExpertFailure(RuntimeError):
 class ExpertArena:
     """The experts' side of a model: the cache, and the records in its slots."""
 
-    def __init__(self, cache: ExpertCache, arena: Tensor, num_slots: int, layout: RecordLayout) -> None:
-        """`arena`, uint8, are the bytes of all slots, one after the other."""
+    def __init__(
+        self,
+        cache: ExpertCache,
+        arena: Tensor,
+        num_slots: int,
+        layout: RecordLayout,
+        group: ExpertGroup | None = None,
+    ) -> None:
+        """`arena`, uint8, are the bytes of all slots, one after the other. `group`: has the other experts."""
         self.cache = cache
+        self.group = group
         self.on_cpu: CpuExperts | None = None  # computes some of the missing ones
         self.records = Records(layout, list(arena.view(num_slots, -1)))
         self._memory = self._outputs = torch.empty(0, layout.hidden_size, device=arena.device)
@@ -123,21 +132,35 @@ class MoELayer:
         if self._experts.on_cpu is not None and (chosen := self._experts.on_cpu.choose(routing, keys)):
             elsewhere = self._experts.on_cpu.begin(x, routing, chosen, outputs)
             keys = [key for key in keys if key not in chosen]
+        group = self._experts.group
+        if group is not None:
+            keys = [key for key in keys if group.owns(self._index, key.expert)]
         at_once = False
+        failed: ExpertReadError | None = None
         try:
             with cache.acquire(keys, batch.phase) as lease:
                 if self._observer is not None:
                     self._observer.layer_begins(self._index, x, routing, batch)
                 for found in lease.batches():
                     ready = [(key.expert, slot) for key, slot in found]
-                    at_once = len(ready) == len(routing.experts)
+                    at_once = len(ready) == len(routing.experts) and group is None
                     backend.expert_mlp(x, routing, records, ready, outputs, add_to=residual if at_once else None)
         except ExpertReadError as error:
-            raise ExpertFailure(routing.tokens_of(error.key.expert), error) from error
+            if group is None:
+                raise ExpertFailure(routing.tokens_of(error.key.expert), error) from error
+            failed = error
         finally:
             if elsewhere is not None:
                 elsewhere.result()
+        if group is not None:
+            unread = group.exchange(self._index, routing, outputs, None if failed is None else failed.key.expert)
+            if unread is not None:
+                raise ExpertFailure(routing.tokens_of(unread), failed or _elsewhere(self._keys[unread]))
         if not at_once:
             backend.combine(outputs, routing.weights, add_to=residual)
         if self._shared is not None:
             self._shared(x, residual)
+
+
+def _elsewhere(key: ExpertKey) -> ExpertReadError:
+    return ExpertReadError(key, "cannot be read by the process that has it; its log says why")
