@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from engine.errors import ConfigError
 from server.context import Lifecycle
 from server.engine_face import StartableEngine
+from server.http_protocol import HttpProtocol
 
 _log = logging.getLogger("foregate.server")
 
@@ -127,6 +128,7 @@ def _config(app: ASGIApp) -> uvicorn.Config:
         app,
         lifespan="on",
         ws="none",
+        http=HttpProtocol,
         log_config=None,
         server_header=False,
         proxy_headers=False,

@@ -50,4 +50,5 @@ class AppSettings(BaseModel):
     max_parallel_prompts: int = 32  # of these at once
     max_stop_strings: int = 4
     stall_timeout_s: float = 300.0  # without a step while there is work: then the engine is not alive
+    send_timeout_s: float = 60.0  # a client that reads nothing for so long is given up
     heartbeat_s: float = 15.0  # silence in a stream before a comment is sent

@@ -47,6 +47,7 @@ class EventStream(Response):
         record: RequestRecord,
         *,
         heartbeat_s: float,
+        send_timeout_s: float,
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -57,7 +58,9 @@ class EventStream(Response):
         self._chunker = chunker
         self._record = record
         self._heartbeat_s = heartbeat_s
+        self._send_timeout_s = send_timeout_s
         self._last_sent_s = 0.0
+        self._sending_since_s: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -65,7 +68,7 @@ class EventStream(Response):
         watching = asyncio.ensure_future(disconnected(receive))
         beating = asyncio.ensure_future(self._beat(send))
         try:
-            await asyncio.wait({producing, watching}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({producing, watching, beating}, return_when=asyncio.FIRST_COMPLETED)
             self._record.client_gone = not producing.done()
         finally:
             for task in (producing, watching, beating):
@@ -97,13 +100,22 @@ class EventStream(Response):
 
     async def _send(self, send: Send, events: bytes) -> None:
         if events:
+            now_s = asyncio.get_running_loop().time
+            self._sending_since_s = now_s()
             await send({"type": "http.response.body", "body": events, "more_body": True})
-            self._last_sent_s = asyncio.get_running_loop().time()
+            self._last_sent_s, self._sending_since_s = now_s(), None
 
     async def _beat(self, send: Send) -> None:
+        """Until the client has read nothing for too long; no heartbeat is sent to one that does not read."""
         loop = asyncio.get_running_loop()
         self._last_sent_s = loop.time()
         while True:
+            if self._sending_since_s is not None:
+                left_s = self._sending_since_s + self._send_timeout_s - loop.time()
+                if left_s <= 0:
+                    return
+                await asyncio.sleep(min(left_s, self._heartbeat_s))
+                continue
             silent_s = loop.time() - self._last_sent_s
             if silent_s >= self._heartbeat_s:
                 await self._send(send, HEARTBEAT)

@@ -56,7 +56,14 @@ async def answer_stream(ctx: AppContext, request: Request, jobs: Sequence[Job], 
     record.stream = True
     outputs = _outputs(ctx, request, jobs)
     first = await first_output(outputs, request.receive)
-    return EventStream(first, outputs, chunker, record, heartbeat_s=ctx.settings.heartbeat_s)
+    return EventStream(
+        first,
+        outputs,
+        chunker,
+        record,
+        heartbeat_s=ctx.settings.heartbeat_s,
+        send_timeout_s=ctx.settings.send_timeout_s,
+    )
 
 
 def _outputs(ctx: AppContext, request: Request, jobs: Sequence[Job]) -> Outputs:
