@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from heapq import heapify, heappop, heappush
 
 from cache.expert_key import ExpertKey
-from cache.policies.belady import BeladyPolicy
-from cache.replay import Books
 from cache.stats import OracleStats
 
 _STEPS = 128  # of a window
 _MAX_QUERIES = 65_536  # of one with large steps
 _SHARE = 0.003  # of the steps' time that is spent here
 _MOST_S = 0.001  # that is spent at once, after idle steps
-_AT_ONCE = 32  # entries of the cache between two looks at the clock
+_NEVER = 1 << 62
 _DONE = object()
 
 
@@ -70,22 +69,30 @@ class OracleSampler:
 
     def _replay(self, calls: list[tuple[Sequence[ExpertKey], int]], held: list[ExpertKey]) -> Iterator[None]:
         """Yields now and then, to be gone on with when there is time."""
-        uses: dict[ExpertKey, list[int]] = {}
-        for i, (keys, _) in enumerate(calls):
-            for key in keys:
-                uses.setdefault(key, []).append(i)
+        coming: dict[ExpertKey, int] = {}  # the next call that uses it
+        following: list[list[int]] = []  # of each call, backwards: the next ones that use its experts
+        for i in range(len(calls) - 1, -1, -1):
+            keys = calls[i][0]
+            following.append([coming.get(key, _NEVER) for key in keys])
+            coming.update(dict.fromkeys(keys, i))
             yield
-        policy = BeladyPolicy(self._num_slots, (), 0)
-        policy.foresee(uses)
-        books = Books(policy, self._num_slots, held)
-        for i, key in enumerate(held):
-            policy.insert(key)
-            if i % _AT_ONCE == 0:
-                yield
+        following.reverse()
+        resident = set(held)
+        farthest = [(-coming.get(key, _NEVER), key) for key in held]  # heap; what is used by now stays at its bottom
+        heapify(farthest)
         queries = hits = oracle_hits = 0
-        for keys, num_hits in calls[: (len(calls) + 1) // 2]:
-            policy.observe(0, (), (), False)
-            oracle_hits += books.ask(keys)
+        for i, (keys, num_hits) in enumerate(calls[: (len(calls) + 1) // 2]):
+            num_found = sum(key in resident for key in keys)
+            num_over = len(resident) + len(keys) - num_found - self._num_slots
+            while num_over > 0 and farthest and farthest[0][0] < -i:
+                resident.remove(heappop(farthest)[1])
+                num_over -= 1
+            resident.update(keys)
+            for key, use in zip(keys, following[i], strict=True):
+                heappush(farthest, (-use, key))
+            while len(resident) > self._num_slots:  # in waves
+                resident.remove(heappop(farthest)[1])
+            oracle_hits += num_found
             hits += num_hits
             queries += len(keys)
             yield

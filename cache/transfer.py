@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -296,9 +297,10 @@ class TransferEngine:
 
     def _count_links(self, tickets: list[Ticket], started: float, ended: float, *, is_demand: bool) -> None:
         """The time of neighbours that lay in two places is the lower one's."""
-        links = [ticket.link for ticket in tickets]
-        for link in dict.fromkeys(links):
+        nbytes = self._source.record_nbytes
+        num_of = Counter(ticket.link for ticket in tickets) if len(tickets) > 1 else {tickets[0].link: 1}
+        for link, num in num_of.items():
             counters = self._links.setdefault(link, LinkCounters())
-            counters.add_nbytes(links.count(link) * self._source.record_nbytes, is_demand=is_demand)
-            if link == "disk" or "disk" not in links:
-                counters.add_read(links.count(link) * self._source.record_nbytes, started, ended, is_demand=is_demand)
+            counters.add_nbytes(num * nbytes, is_demand=is_demand)
+            if link == "disk" or "disk" not in num_of:
+                counters.add_read(num * nbytes, started, ended, is_demand=is_demand)

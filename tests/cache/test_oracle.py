@@ -9,6 +9,7 @@ import pytest
 
 from cache.expert_key import ExpertKey
 from cache.oracle import OracleSampler
+from cache.policies.belady import BeladyPolicy
 from cache.policies.lru import LruPolicy
 from cache.replay import Books
 
@@ -50,6 +51,32 @@ def test_going_round_one_expert_more_than_slots_an_oracle_mostly_hits_and_lru_ne
     stats = run(steps, 3).stats
     assert (stats.queries, stats.hits) == (64, 0)
     assert stats.oracle_hits == pytest.approx((64 - 3) * 2 / 3, abs=1)
+
+
+@pytest.mark.parametrize("num_slots", [5, 12, 30])
+def test_it_counts_what_a_replay_with_beladys_policy_counts(num_slots: int):
+    rng = random.Random(num_slots)
+    calls = [keys(*rng.sample(range(16), rng.randint(1, 5)), layer=i % 3) for i in range(256)]
+    uses: dict[ExpertKey, list[int]] = {}
+    for i, call in enumerate(calls):
+        for key in call:
+            uses.setdefault(key, []).append(i)
+    policy = BeladyPolicy(num_slots, (), 0)
+    policy.foresee(uses)
+    books, hits = Books(policy, num_slots), 0
+    for call in calls[:128]:
+        policy.observe(0, (), (), False)
+        hits += books.ask(call)
+    steps = [calls[i : i + 2] for i in range(0, 256, 2)]
+    stats = run(steps + [[] for _ in range(300)], num_slots).stats
+    assert (stats.queries, stats.oracle_hits) == (sum(map(len, calls[:128])), pytest.approx(hits, rel=0.01))
+
+
+def test_layer_calls_that_do_not_fit_are_computed_in_waves():
+    """Of each five experts three can be there, if they are those that the call before has in common with it."""
+    steps = [[keys(*range(i % 2, i % 2 + 5))] for i in range(128)]
+    stats = run(steps + [[] for _ in range(300)], 3).stats
+    assert (stats.queries, stats.oracle_hits) == (64 * 5, 63 * 3)
 
 
 def test_what_was_there_when_the_window_began_is_there_for_the_oracle_too():
