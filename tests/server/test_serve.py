@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -72,6 +73,16 @@ async def test_probes_answer_while_the_model_loads(engine: FakeEngine) -> None:
         await server.until(client, "/health", 200)
         assert "Paris" not in (await client.get("/metrics")).text
         assert '"content":"Par"' in (await client.post("/v1/chat/completions", json=CHAT)).text
+
+
+async def test_how_long_the_start_took_is_told_once_it_is_over_and_the_loop_is_watched(engine: FakeEngine) -> None:
+    engine.start_s = 0.3
+    async with running(engine) as (server, client):
+        assert "foregate_startup_seconds" not in (await client.get("/metrics")).text
+        await server.until(client, "/health", 200)
+        text = (await client.get("/metrics")).text
+        assert float(re.search(r"^foregate_startup_seconds\{.*\} (\S+)$", text, re.MULTILINE)[1]) > 0.3
+        assert float(re.search(r"^foregate_event_loop_lag_seconds_count\{.*\} (\S+)$", text, re.MULTILINE)[1]) > 0
 
 
 async def test_a_model_that_does_not_load_ends_the_server_with_its_error(engine: FakeEngine) -> None:
