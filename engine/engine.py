@@ -96,6 +96,8 @@ class Engine:
         self.tokenizer = tokenizer or Tokenizer(config.model)
         dense = dense_nbytes(checkpoint, config.dtype)
         self._device = device or open_named(config.device)
+        if self._device is not None and not isinstance(self._device, SimDevice):
+            raise ConfigError("serving from a GPU is not put together yet (docs/gpu.md): leave out --device")
         if self._device is None:
             available = room_for_experts(free_memory_nbytes(), config.kv_memory_nbytes, dense)
         else:

@@ -16,6 +16,7 @@ from engine.threads import wait_passively
 from server import (
     cli_analyze,
     cli_bench_experts,
+    cli_doctor,
     cli_placement,
     cli_plan,
     cli_schedule,
@@ -58,6 +59,7 @@ app.add_typer(cli_trace.app, name="trace")
 cli_simulate.register(app, cli_bench_experts.app)
 app.command()(cli_analyze.analyze)
 app.command()(cli_plan.plan)
+app.command()(cli_doctor.doctor)
 cli_trace.app.command()(cli_schedule.schedule)
 cli_trace.app.command()(cli_placement.placement)
 

@@ -23,6 +23,7 @@ SERVER_MAY_SEE = {
     "engine.calibration",
     "engine.config",
     "engine.convert",
+    "engine.doctor",
     "engine.errors",
     "engine.hardware",
     "engine.hub",
