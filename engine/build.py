@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 if TYPE_CHECKING:
     from engine.convert import Progress
     from engine.engine import Engine
+    from engine.tokenizer import TokenDecoder
 
 
 class Build(msgspec.Struct, frozen=True):
@@ -22,9 +23,13 @@ class Build(msgspec.Struct, frozen=True):
     again: str | None = None
     tokenizer: Literal["checkpoint", "numbers"] = "checkpoint"
 
-    def __call__(self, config: EngineConfig, progress: Progress | None = None) -> Engine:
+    def __call__(
+        self, config: EngineConfig, progress: Progress | None = None, tokenizer: TokenDecoder | None = None
+    ) -> Engine:
+        """`tokenizer`: loaded before; the target is given it by name."""
         module, _, name = self.target.partition(":")
-        engine: Engine = getattr(import_module(module), name)(*self.args, config, progress)
+        known = {} if tokenizer is None else {"tokenizer": tokenizer}
+        engine: Engine = getattr(import_module(module), name)(*self.args, config, progress, **known)
         return engine
 
     @property

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from engine.child_messages import FromChild, Load, Loaded, LoadFailed, Loading, Logged, ToChild
 from engine.frames import FrameSocket
 from engine.messages import ToEngine
+from engine.stored_tokenizer import StoredTokenizer
 from engine.threads import wait_passively
 
 _PR_SET_PDEATHSIG = 1
@@ -77,17 +78,18 @@ def main(fd: int, parent_pid: int) -> int:
     faulthandler.enable()
     parent = _Parent(socket.socket(fileno=fd))
     messages = parent.messages()
+    wait_passively()
+    from engine.service import EngineService  # seconds of torch, while the parent loads the tokenizer
+
     load = next(messages, None)
     if not isinstance(load, Load):
         return 1
     logging.basicConfig(level=load.log_level, handlers=[_LogToParent(parent)], format="%(message)s", force=True)
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(messages, inbox), name="inbox", daemon=True).start()
-    wait_passively()
     try:
-        from engine.service import EngineService
-
-        engine = load.build(load.config, _Progress(parent))
+        tokenizer = None if load.tokenizer is None else StoredTokenizer(load.tokenizer)
+        engine = load.build(load.config, _Progress(parent), tokenizer)
     except Exception as error:
         failed = LoadFailed(type(error).__name__, str(error))
         if isinstance(failed.exception(), RuntimeError):

@@ -11,6 +11,7 @@ from engine.build import Build
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.messages import FromEngine, ModelInfo, ToEngine
+from engine.stored_tokenizer import TokenizerState
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -19,6 +20,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     config: EngineConfig
     build: Build
     log_level: int
+    tokenizer: TokenizerState | None  # None: the engine loads its own
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):

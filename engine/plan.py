@@ -20,6 +20,7 @@ from engine.errors import ConfigError
 from engine.footprint import dense_nbytes, kv_token_nbytes, room_for_experts, streamed_nbytes
 from engine.machine import Machine, measure_machine
 from engine.synthetic import SyntheticCheckpoint
+from engine.tokenizer import TokenDecoder
 
 _log = logging.getLogger(__name__)
 
@@ -157,12 +158,14 @@ def with_plan(config: EngineConfig, plan: ServingPlan) -> EngineConfig:
     return replace(config, cache=replace(config.cache, format=plan.experts))
 
 
-def planned_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
+def planned_engine(
+    config: EngineConfig, progress: Progress | None = None, *, tokenizer: TokenDecoder | None = None
+) -> Engine:
     """An engine as planned, and what to expect of it in the log."""
     plan = plan_serving(config, Checkpoint(config.model))
     for line in plan.lines():
         _log.log(logging.INFO if plan.fits else logging.WARNING, "%s", line)
-    return Engine(with_plan(config, plan), progress)
+    return Engine(with_plan(config, plan), progress, tokenizer=tokenizer)
 
 
 def _format(config: EngineConfig, checkpoint: Checkpoint, budget: int, num_experts: int) -> str:

@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -24,6 +26,7 @@ from engine.frames import FrameCodec
 from engine.link import OnEnd, OnMessage
 from engine.messages import Failed, ModelInfo, Stop, ToEngine
 from engine.number_tokenizer import NumberTokenizer
+from engine.stored_tokenizer import TokenizerState, state_of
 from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -91,9 +94,13 @@ class ProcessLink:
         tokenizer = asyncio.ensure_future(self._load_tokenizer())
         try:
             await self._spawn(loop)
-            self.send_to_child(Load(self._settings.config, self._settings.build, logging.getLogger().level))
-            self._loaded = await self._loading
-            self._tokenizer = await tokenizer
+            first: set[asyncio.Future[Any]] = {tokenizer, self._loading}  # a child may die before it is told anything
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            state = tokenizer.result()[1] if tokenizer.done() and tokenizer.exception() is None else None
+            level = logging.getLogger().level
+            self.send_to_child(Load(self._settings.config, self._settings.build, level, state))
+            self._loaded = await self._loading  # what is wrong with a model, the engine says best
+            self._tokenizer, _ = await tokenizer
         except BaseException:
             self._is_stopping = True
             tokenizer.cancel()
@@ -187,12 +194,10 @@ class ProcessLink:
         self._transport, _ = await loop.create_unix_connection(lambda: _FrameProtocol(self), sock=ours)
         await loop.connect_read_pipe(lambda: self._output, os.fdopen(read_fd, "rb"))
 
-    async def _load_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is not None:
-            return self._tokenizer
+    async def _load_tokenizer(self) -> tuple[Tokenizer, TokenizerState | None]:
         if self._settings.build.tokenizer == "numbers":
-            return NumberTokenizer()
-        return await asyncio.to_thread(Tokenizer, self._settings.config.model)
+            return NumberTokenizer(), None
+        return await asyncio.to_thread(_loaded_tokenizer, self._tokenizer, self._settings.config.model)
 
     async def _end(self) -> None:
         """Nothing of it is left afterwards."""
@@ -227,6 +232,26 @@ class ProcessLink:
         if self._loaded is not None and not self._is_stopping:
             self._is_stopping = True
             self._settings.on_end(why)
+
+
+def _loaded_tokenizer(tokenizer: Tokenizer | None, directory: Path) -> tuple[Tokenizer, TokenizerState]:
+    with _torch_hidden():
+        tokenizer = tokenizer or Tokenizer(directory)
+    return tokenizer, state_of(tokenizer)
+
+
+@contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """A tokenizer does not need it, but transformers imports it where it is: seconds, and 180 MB for nothing."""
+    if "torch" in sys.modules:
+        yield
+        return
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not there
+    sys.modules["torch"] = None  # type: ignore[assignment]  # as the import system knows what cannot be imported
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class _FrameProtocol(asyncio.Protocol):

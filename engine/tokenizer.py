@@ -96,6 +96,10 @@ class Tokenizer:
         text: str = copied.to_str()
         return text
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self._special_ids
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 

@@ -120,6 +120,7 @@ PURE = {
         "engine.schedule_replay",
         "engine.scheduler",
         "engine.simulate",
+        "engine.stored_tokenizer",
         "engine.tokenizer",
     ],
     "server": [

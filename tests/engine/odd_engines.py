@@ -13,6 +13,7 @@ from engine.convert import Progress
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.messages import RequestOutput
+from engine.tokenizer import TokenDecoder
 
 
 class OddEngine(Engine):
@@ -32,19 +33,19 @@ class OddEngine(Engine):
         return super().step()
 
 
-def build(config: EngineConfig, progress: Progress | None = None) -> Engine:
-    return OddEngine(config, progress)
+def build(config: EngineConfig, progress: Progress | None = None, *, tokenizer: TokenDecoder | None = None) -> Engine:
+    return OddEngine(config, progress, tokenizer=tokenizer)
 
 
-def refuse(kind: str, config: EngineConfig, progress: Progress | None = None) -> Engine:
+def refuse(kind: str, config: EngineConfig, progress: Progress | None = None, **_: object) -> Engine:
     kinds = {"ConfigError": ConfigError, "PackedFileError": PackedFileError, "KeyError": KeyError}
     raise kinds[kind]("lower it")
 
 
-def exit_at_once(config: EngineConfig, progress: Progress | None = None) -> Engine:
+def exit_at_once(config: EngineConfig, progress: Progress | None = None, **_: object) -> Engine:
     os._exit(3)
 
 
-def load_for_ever(config: EngineConfig, progress: Progress | None = None) -> Engine:
+def load_for_ever(config: EngineConfig, progress: Progress | None = None, **_: object) -> Engine:
     time.sleep(60)
     raise AssertionError("nobody waits that long")
