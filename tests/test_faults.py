@@ -43,8 +43,14 @@ class Server:
         self.log = log
         self.packed = directory / "foregate" / "experts.float32.safetensors"
         command = [FOREGATE, "serve", str(directory), "--port", "0", "--shutdown-linger", "1", *QUEUE, *options]
+        self.client = httpx.Client(timeout=60.0, trust_env=False)
         with log.open("wb") as file:
             self.process = subprocess.Popen(command, stderr=file)
+
+    def close(self) -> None:
+        self.client.close()
+        self.process.kill()
+        self.process.wait()
 
     def wait(self) -> None:
         def is_ready() -> bool:
@@ -54,7 +60,7 @@ class Server:
         wait_until(is_ready, 120)
         found = re.search(r"ready: (http://\S+)/v1", self.log.read_text())
         assert found is not None
-        self.client = httpx.Client(base_url=found[1], timeout=60.0, trust_env=False)
+        self.client.base_url = httpx.URL(found[1])
 
     def post(self, **body: Any) -> httpx.Response:
         return self.client.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **body})
@@ -126,8 +132,7 @@ def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         server.wait()
         yield server
     finally:
-        server.process.kill()
-        server.process.wait()
+        server.close()
 
 
 def test_a_killed_engine_ends_what_runs_with_an_error_and_serves_again(server: Server):
@@ -226,30 +231,25 @@ def test_sigterm_under_load_finishes_what_runs_and_leaves_no_process(server: Ser
 
 @pytest.mark.parametrize("num_signals", [1, 2])
 def test_a_signal_while_it_loads_and_a_second_one_end_it_at_once(directory: Path, tmp_path: Path, num_signals: int):
-    server = Server(directory, tmp_path / "log", *SLOW)
-    try:
+    with contextlib.ExitStack() as opened:
+        server = Server(directory, tmp_path / "log", *SLOW)
+        opened.callback(server.close)
         wait_until(lambda: children(server.process.pid))
         engine_pid = server.engine_pid
         if num_signals == 2:
             server.wait()
-            opened = server.raw(max_tokens=400)
+            opened.enter_context(server.raw(max_tokens=400))
             wait_until(lambda: server.metric(r"foregate_num_requests_running\{") == 1)
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: server.status("/ready") == 503, 5)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=10) == 128 + signal.SIGTERM
         wait_until(lambda: not is_alive(engine_pid), 5)
-        if num_signals == 2:
-            opened.close()
-    finally:
-        server.process.kill()
-        server.process.wait()
 
 
 def test_a_server_that_is_killed_leaves_no_engine(directory: Path, tmp_path: Path):
     server = Server(Path(shutil.copytree(directory, tmp_path / "model")), tmp_path / "log", *SLOW)
     wait_until(lambda: children(server.process.pid))
     engine_pid = server.engine_pid
-    server.process.kill()
-    server.process.wait()
+    server.close()
     wait_until(lambda: not is_alive(engine_pid), 30)
