@@ -115,9 +115,10 @@ async function* events(response) {
 }
 
 /* A full or loading server is asked again until it has room; the user may stop that. */
-async function patientlyAsk(body, signal) {
+async function patientlyAsk(body, signal, sending) {
   for (;;) {
     try {
+      sending(); // what it waited before is not the answer's time
       return await ask("v1/chat/completions", { body, signal });
     } catch (error) {
       const what = error instanceof Refused && error.status === 503 && PASSES[error.code];
@@ -147,7 +148,7 @@ async function answer() {
   toEnd();
   say("Waiting for the first token.");
   at("done").textContent = "";
-  let sent = performance.now(), first = 0, last = 0, numTokens = 0, isExact = false, finish = "", drawing = 0;
+  let sent = 0, first = 0, last = 0, numTokens = 0, isExact = false, finish = "", drawing = 0;
   const draw = () => {
     drawing = 0;
     const follow = isAtEnd();
@@ -155,7 +156,7 @@ async function answer() {
     if (follow) toEnd();
   };
   try {
-    const response = await patientlyAsk(body, signal);
+    const response = await patientlyAsk(body, signal, () => { sent = performance.now(); });
     for await (const event of events(response)) {
       if (event.error) throw new Refused(500, event.error);
       if (event.usage) numTokens = event.usage.completion_tokens, isExact = true;

@@ -22,7 +22,8 @@ function bytes(n) {
 }
 
 function span(s) {
-  if (s < 1) return `${Math.max(0, s).toFixed(2)} s`;
+  if (s < 0.0995) return `${Math.max(0, 1000 * s).toFixed(0)} ms`;
+  if (s < 1) return `${s.toFixed(2)} s`;
   if (s < 60) return `${s < 10 ? s.toFixed(1) : s.toFixed(0)} s`;
   if (s < 3600) return `${Math.floor(s / 60)} min`;
   if (s < 86400) return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
@@ -196,19 +197,21 @@ function drawExperts() {
   at("experts").hidden = !isShown;
   if (!isShown) return;
   const values = view.of(table);
-  const most = values.reduce((a, b) => Math.max(a, b), 0);
+  const ascending = values.toSorted((a, b) => a - b), largest = ascending.at(-1);
+  const most = ascending[Math.floor(0.99 * (ascending.length - 1))] || largest; // a few may lie beyond
+  const number = (x) => (x < 10 && x % 1 ? x.toFixed(1) : count(Math.round(x)));
   const where = table.totals.residency;
   const legend = at("legend");
   const marks = table.residency_names.toReversed().filter((name) => name !== "host" || latest.experts.host_slots)
     .map((name) => make("span", { className: "where" }, make("span", { className: `mark ${name}` }),
       `${PLACES[name]}: ${count(where[name])}`));
   legend.replaceChildren(
-    make("span", {}, "0", make("span", { className: "ramp" }), `${most < 10 && most % 1 ? most.toFixed(1) : count(Math.round(most))} ${view.unit}`),
+    make("span", {}, "0", make("span", { className: "ramp" }), number(most) + ` ${view.unit}` + (largest > most ? " or more" : "")),
     ...marks);
   const summary = `Experts by layer: ${count(where.top)} of ${count(table.totals.experts)} in expert memory; the largest ` +
-    `number of ${view.unit} is ${most.toFixed(1)}. The arrow keys tell of each expert.`;
+    `number of ${view.unit} is ${number(largest)}. The arrow keys tell of each expert.`;
   heat.show({ layers: table.layers, numExperts: table.num_experts, residency: table.residency.flat(),
-    shares: values.map((x) => (most ? x / most : 0)) }, colourSet(), summary);
+    shares: values.map((x) => (most ? Math.min(1, x / most) : 0)) }, colourSet(), summary);
   text("experts-note", `One ${heat.upright ? "column" : "row"} is a layer, one ${heat.upright ? "row" : "column"} an expert. ` +
     "The colour tells the number, the size of the mark where the expert is.");
 }
