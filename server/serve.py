@@ -123,7 +123,16 @@ async def _drain(
     await asyncio.wait({serving})
 
 
+class _NotEverySecond(logging.Filter):
+    """Keeps what an open dashboard asks for, all the time, out of the log of requests."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        args = record.args if isinstance(record.args, tuple) and len(record.args) == 5 else (None,) * 5
+        return not (args[4] == 200 and str(args[2]).startswith(("/dashboard/data", "/v1/experts/stats")))
+
+
 def _config(app: ASGIApp) -> uvicorn.Config:
+    logging.getLogger("uvicorn.access").filters[:] = [_NotEverySecond()]
     return uvicorn.Config(
         app,
         lifespan="on",

@@ -298,6 +298,7 @@ function take(data) {
   for (const values of data.rows) rows.push(Object.fromEntries(data.columns.map((name, i) => [name, values[i]])));
   const oldest = rows.length ? rows.at(-1).time_s - SPAN_S - WINDOW_S : 0;
   while (rows.length && rows[0].time_s < oldest) rows.shift();
+  if (data.state === "restarting" && latest) data.experts ??= latest.experts; // it will have them again
   latest = data;
   return true;
 }

@@ -204,12 +204,14 @@ def test_a_hidden_tab_asks_for_nothing_and_then_tells_what_became_of_the_engine(
     page.wait_for_timeout(300)  # for what was under way
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
+    before, live.engine.stats_to_tell = live.engine.stats_to_tell, EngineStats(state="restarting")
     live.engine.state = "restarting"
     page.wait_for_timeout(2200)
     assert asked == []
     page.evaluate(hide, [False])
     expect(page.locator("#state")).to_have_text("restarting")
-    live.engine.stats_to_tell = msgspec.structs.replace(live.engine.stats_to_tell, error="RuntimeError: boom")
+    expect(page.get_by_role("region", name="Expert hit rate")).to_be_visible()
+    live.engine.stats_to_tell = msgspec.structs.replace(before, error="RuntimeError: boom")
     live.engine.state = "dead"
     expect(page.locator("#trouble")).to_contain_text("The engine has stopped: RuntimeError: boom")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -182,3 +183,20 @@ def test_a_signal_ends_run_and_the_handlers_are_put_back(engine: FakeEngine) -> 
     assert engine.stopped_with == 1.0
     assert lifecycle.draining
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+async def test_what_a_dashboard_asks_for_every_second_is_not_logged_unless_it_fails(
+    engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "uvicorn.access")
+    async with running(engine) as (server, client):
+        await server.until(client, "/health", 200)
+        await client.get("/dashboard/data?after=3")
+        await client.get("/v1/experts/stats")
+        await client.get("/v1/models")
+        engine.state = "loading"
+        await client.get("/v1/experts/stats")
+    told = [record.getMessage() for record in caplog.records if record.name == "uvicorn.access"]
+    assert not any("/dashboard/data" in line for line in told)
+    assert any("/v1/models" in line for line in told)
+    assert [line for line in told if "/v1/experts/stats" in line] == [line for line in told if line.endswith(" 503")]
