@@ -14,12 +14,16 @@ from typing import Any, Literal
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from server.engine_face import StartableEngine
+from tests.server.live_server import LiveServer
+
 CHROMIUM = Path("/usr/bin/chromium")
 LAPTOP = {"viewport": {"width": 1366, "height": 768}}
 PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 SCREENS: dict[str, dict[str, Any]] = {"laptop": LAPTOP, "phone": PHONE}
 
 OpenPage = Callable[..., Page]
+Start = Callable[..., LiveServer]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,21 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def open_page(browser: Browser) -> Iterator[OpenPage]:
+def start() -> Iterator[Start]:
+    """`start(engine, **settings)` -> a server that ends after the pages: none of them shall miss it."""
+    servers: list[LiveServer] = []
+
+    def start_one(engine: StartableEngine, **settings: Any) -> LiveServer:
+        servers.append(LiveServer(engine, **settings))
+        return servers[-1]
+
+    yield start_one
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def open_page(browser: Browser, start: Start) -> Iterator[OpenPage]:
     """`open_page(url, may_fail="401", **context)` -> a page; `may_fail` is what its console may tell of."""
     with _pages(browser) as open_one:
         yield open_one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -11,11 +10,11 @@ from playwright.sync_api import Page, expect
 
 from engine.errors import EngineOverloaded, InvalidRequest
 from server.auth import hash_key
-from tests.server.browser import SCREENS, OpenPage, browser, contrast, open_page, overflow
+from tests.server.browser import SCREENS, OpenPage, Start, browser, contrast, open_page, overflow, start
 from tests.server.fake_engine import FakeEngine, Script, Token
 from tests.server.live_server import LiveServer
 
-__all__ = ["browser", "open_page"]
+__all__ = ["browser", "open_page", "start"]
 
 MARKDOWN = """Some **bold** and `a < b` text.
 
@@ -35,12 +34,10 @@ def in_pieces(text: str, delay_s: float = 0.0) -> list[Token]:
 
 
 @pytest.fixture
-def live() -> Iterator[LiveServer]:
+def live(start: Start) -> LiveServer:
     engine = FakeEngine()
     engine.model = msgspec.structs.replace(engine.model, max_model_len=4096)
-    server = LiveServer(engine)
-    yield server
-    server.stop()
+    return start(engine)
 
 
 @pytest.fixture
@@ -128,20 +125,17 @@ def test_code_and_answers_can_be_copied(live: LiveServer, engine: FakeEngine, op
     assert page.evaluate("navigator.clipboard.readText()") == "Run\n```sh\nmake serve\n```"
 
 
-def test_while_the_model_loads_a_message_waits_and_is_then_sent(open_page: OpenPage) -> None:
+def test_while_the_model_loads_a_message_waits_and_is_then_sent(start: Start, open_page: OpenPage) -> None:
     engine = FakeEngine()
     engine.start_s = 60.0
-    server = LiveServer(engine)
-    try:
-        page = open_page(f"{server.url}/", may_fail="503")
-        expect(page.locator("#status")).to_contain_text("still loading")
-        say(page, "Hello?")
-        expect(page.locator("#status")).to_contain_text("still loading. Your message is sent again in")
-        engine.state = "ready"
-        expect(page.locator(".answer")).to_have_text("Paris.")
-        expect(page.locator("#status")).to_be_empty()
-    finally:
-        server.stop()
+    server = start(engine)
+    page = open_page(f"{server.url}/", may_fail="503")
+    expect(page.locator("#status")).to_contain_text("still loading")
+    say(page, "Hello?")
+    expect(page.locator("#status")).to_contain_text("still loading. Your message is sent again in")
+    engine.state = "ready"
+    expect(page.locator(".answer")).to_have_text("Paris.")
+    expect(page.locator("#status")).to_be_empty()
 
 
 def test_a_full_server_is_asked_again(live: LiveServer, engine: FakeEngine, open_page: OpenPage) -> None:
@@ -183,28 +177,25 @@ def test_a_server_that_is_gone_is_named(live: LiveServer, open_page: OpenPage) -
     expect(page.locator(".error")).to_contain_text("Cannot reach the server")
 
 
-def test_a_key_is_asked_for_and_kept_for_the_tab_alone(open_page: OpenPage) -> None:
-    server = LiveServer(FakeEngine(), api_key_hashes=(hash_key("right"),))
-    try:
-        page = open_page(f"{server.url}/", may_fail="401")
-        dialog = page.get_by_role("dialog", name="API key")
-        expect(dialog).to_contain_text("wants an API key")
-        page.fill("#key", "wrong")
-        page.keyboard.press("Enter")
-        expect(dialog.get_by_role("alert")).to_contain_text("not accepted")
-        page.fill("#key", "right")
-        page.keyboard.press("Enter")
-        expect(page.locator("#model")).to_have_text("fake")
-        say(page, "Hello?")
-        expect(page.locator(".answer")).to_have_text("Paris.")
-        page.reload()
-        expect(page.locator("#model")).to_have_text("fake")
-        page.goto(f"{server.url}/dashboard")
-        expect(page.locator("#state")).to_have_text("ready")
-        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
-        assert page.evaluate("sessionStorage.getItem('foregate.key')") == "right"
-    finally:
-        server.stop()
+def test_a_key_is_asked_for_and_kept_for_the_tab_alone(start: Start, open_page: OpenPage) -> None:
+    server = start(FakeEngine(), api_key_hashes=(hash_key("right"),))
+    page = open_page(f"{server.url}/", may_fail="401")
+    dialog = page.get_by_role("dialog", name="API key")
+    expect(dialog).to_contain_text("wants an API key")
+    page.fill("#key", "wrong")
+    page.keyboard.press("Enter")
+    expect(dialog.get_by_role("alert")).to_contain_text("not accepted")
+    page.fill("#key", "right")
+    page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_have_text("fake")
+    say(page, "Hello?")
+    expect(page.locator(".answer")).to_have_text("Paris.")
+    page.reload()
+    expect(page.locator("#model")).to_have_text("fake")
+    page.goto(f"{server.url}/dashboard")
+    expect(page.locator("#state")).to_have_text("ready")
+    assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+    assert page.evaluate("sessionStorage.getItem('foregate.key')") == "right"
 
 
 def test_settings_are_sent_and_the_conversation_outlives_a_reload(chat: Page, engine: FakeEngine) -> None:

@@ -22,11 +22,11 @@ from engine.messages import EngineStats
 from kernels.quant.formats import FORMATS
 from server.auth import hash_key
 from tests.engine.tiny_models import make_checkpoint
-from tests.server.browser import SCREENS, OpenPage, browser, contrast, open_page, overflow
+from tests.server.browser import SCREENS, OpenPage, Start, browser, contrast, open_page, overflow, start
 from tests.server.fake_engine import FakeEngine, Script, Token
 from tests.server.live_server import LiveServer
 
-__all__ = ["browser", "open_page"]
+__all__ = ["browser", "open_page", "start"]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def number_of(page: Page, card: str, which: int = 0) -> float:
     return float(found[0].replace(",", "")) if found else -1.0
 
 
-def fake_server(**settings: object) -> LiveServer:
+def working_engine() -> FakeEngine:
+    """It has done something, with more experts than fit across a phone."""
     engine = FakeEngine()
     engine.stats_to_tell = EngineStats(
         state="ready",
@@ -99,14 +100,12 @@ def fake_server(**settings: object) -> LiveServer:
         recent=(queries / 10).astype("<f4").tobytes(),
         residency=bytes((queries % 3).astype("u1")),
     )
-    return LiveServer(engine, **settings)
+    return engine
 
 
 @pytest.fixture
-def live() -> Iterator[LiveServer]:
-    server = fake_server()
-    yield server
-    server.stop()
+def live(start: Start) -> LiveServer:
+    return start(working_engine())
 
 
 def test_it_shows_a_working_engine_live(tiny_server: LiveServer, open_page: OpenPage) -> None:
@@ -146,7 +145,7 @@ def test_it_shows_a_working_engine_live(tiny_server: LiveServer, open_page: Open
 
 
 def test_it_says_when_the_server_is_gone_and_goes_on_with_the_next_which_may_have_no_experts(
-    live: LiveServer, open_page: OpenPage
+    live: LiveServer, start: Start, open_page: OpenPage
 ) -> None:
     page = open_page(f"{live.url}/dashboard", may_fail="ERR_CONNECTION|ERR_EMPTY|ERR_SOCKET")
     expect(page.locator("#state")).to_have_text("ready")
@@ -156,40 +155,34 @@ def test_it_says_when_the_server_is_gone_and_goes_on_with_the_next_which_may_hav
     expect(trouble).to_contain_text("Cannot reach the server. Trying again every second.")
     expect(trouble).to_contain_text(re.compile(r"is \d+(\.\d+)? s old"))
     expect(page.locator("#state")).to_have_text("unreachable")
-    successor = LiveServer(FakeEngine(), port=live.port, served_names=("successor",))
-    try:
-        expect(page.locator("h1")).to_have_text("successor")
-        expect(trouble).to_be_hidden()
-        expect(page.locator("#state")).to_have_text("ready")
-        expect(page.get_by_role("region", name="Generated tokens/s")).to_be_visible()
-        expect(page.get_by_role("region", name="Expert hit rate")).to_have_count(0)
-        expect(page.locator("#experts")).to_be_hidden()
-        expect(page.locator("#latest")).to_be_visible()
-    finally:
-        successor.stop()
+    start(FakeEngine(), port=live.port, served_names=("successor",))
+    expect(page.locator("h1")).to_have_text("successor")
+    expect(trouble).to_be_hidden()
+    expect(page.locator("#state")).to_have_text("ready")
+    expect(page.get_by_role("region", name="Generated tokens/s")).to_be_visible()
+    expect(page.get_by_role("region", name="Expert hit rate")).to_have_count(0)
+    expect(page.locator("#experts")).to_be_hidden()
+    expect(page.locator("#latest")).to_be_visible()
 
 
 def test_a_key_is_asked_for_before_anything_is_shown_and_then_one_can_choose_what_the_colour_shows(
-    open_page: OpenPage,
+    start: Start, open_page: OpenPage
 ) -> None:
-    server = fake_server(api_key_hashes=(hash_key("right"),))
-    try:
-        page = open_page(f"{server.url}/dashboard", may_fail="401")
-        expect(page.get_by_role("dialog", name="API key")).to_be_visible()
-        assert page.locator("#requests tr").count() == 0
-        page.fill("#key", "right")
-        page.keyboard.press("Enter")
-        expect(page.locator("#state")).to_have_text("ready")
-        expect(page.locator("#legend")).to_contain_text("uses/s")
-        pixels = "document.querySelector('#heat canvas').toDataURL()"
-        first = page.evaluate(pixels)
-        missed = page.get_by_role("button", name="Missed")
-        missed.click()
-        expect(missed).to_have_attribute("aria-pressed", "true")
-        expect(page.locator("#legend")).to_contain_text("misses")
-        assert page.evaluate(pixels) != first
-    finally:
-        server.stop()
+    server = start(working_engine(), api_key_hashes=(hash_key("right"),))
+    page = open_page(f"{server.url}/dashboard", may_fail="401")
+    expect(page.get_by_role("dialog", name="API key")).to_be_visible()
+    assert page.locator("#requests tr").count() == 0
+    page.fill("#key", "right")
+    page.keyboard.press("Enter")
+    expect(page.locator("#state")).to_have_text("ready")
+    expect(page.locator("#legend")).to_contain_text("uses/s")
+    pixels = "document.querySelector('#heat canvas').toDataURL()"
+    first = page.evaluate(pixels)
+    missed = page.get_by_role("button", name="Missed")
+    missed.click()
+    expect(missed).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#legend")).to_contain_text("misses")
+    assert page.evaluate(pixels) != first
 
 
 def test_a_hidden_tab_asks_for_nothing_and_then_tells_what_became_of_the_engine(
