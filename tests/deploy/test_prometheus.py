@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.deploy.programs import program
 from tests.engine.tiny_models import make_checkpoint
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -37,15 +37,6 @@ SERVE = (
     "0",
 )
 LONGEST_S = 120.0  # until a query has an answer
-
-
-def program(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        pytest.fail(
-            f"{name} is not installed; Debian and Ubuntu have it in the package prometheus: apt-get install prometheus"
-        )
-    return path
 
 
 @dataclass(frozen=True)
@@ -251,21 +242,3 @@ def test_promtool_finds_no_fault_with_the_metrics(monitored: Monitored):
     done = subprocess.run([program("promtool"), "check", "metrics"], input=text, capture_output=True, check=False)
     complaints = (done.stdout + done.stderr).decode().splitlines()
     assert [line for line in complaints if not line.startswith("vllm:")] == []
-
-
-def test_promtool_finds_no_fault_with_the_configuration():
-    for arguments in (("config", "prometheus.yml"), ("rules", "rules.yml", "alerts.yml")):
-        done = subprocess.run(
-            [program("promtool"), "check", *arguments],
-            cwd=DEPLOY / "prometheus",
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_each_alert_fires_when_it_should_and_not_when_it_should_not():
-    file = Path(__file__).with_name("alerts.test.yml")
-    done = subprocess.run([program("promtool"), "test", "rules", file], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
