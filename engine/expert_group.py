@@ -98,6 +98,7 @@ class ExpertGroup:
         self._directory = tempfile.TemporaryDirectory(prefix="foregate-ranks-")
         directory = Path(self._directory.name)
         (directory / "config").write_bytes(FrameCodec[EngineConfig](EngineConfig).encode(self._config))
+        (directory / "leader").write_text(str(os.getpid()))
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         for rank in range(1, self.size):
             command = [sys.executable, "-m", "engine.expert_rank", str(directory), str(rank)]
@@ -109,9 +110,11 @@ class ExpertGroup:
         """Meet the others. Raises `ConfigError` if one does not come."""
         store = dist.FileStore(str(directory / "meeting"), self.size)  # type: ignore[attr-defined]  # documented
         store.set(f"here {self.rank}", "")
-        deadline = time.monotonic() + _MEETING_S
+        deadline, leader = time.monotonic() + _MEETING_S, int((directory / "leader").read_text())
         while not store.check([f"here {rank}" for rank in range(self.size)]):
-            if any(follower.poll() is not None for follower in self._followers) or time.monotonic() > deadline:
+            is_one_gone = any(follower.poll() is not None for follower in self._followers)
+            is_one_gone |= self.rank > 0 and os.getppid() != leader
+            if is_one_gone or time.monotonic() > deadline:
                 self.close()
                 raise ConfigError("a process that was to have some of the experts did not start; its log says why")
             time.sleep(0.05)

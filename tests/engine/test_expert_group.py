@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 
 from cache.packed_file import read_packed_header
 from cache.placement import Placement
+from engine.config import CacheConfig, EngineConfig
 from engine.convert import convert
 from engine.errors import ConfigError
+from engine.frames import FrameCodec
 from kernels.quant.formats import FORMATS
 from tests.engine.conftest import greedy, run_all, tokens_of
 from tests.engine.test_models import random_prompt
@@ -84,6 +87,18 @@ def test_a_process_that_does_not_start_is_said_to_be_missing(checkpoint, make_en
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ConfigError, match="did not start"):
         make_engine(checkpoint("olmoe")[0], expert_parallel=2)
+
+
+def test_a_process_whose_leader_is_gone_before_they_met_ends(checkpoint, tmp_path: Path):
+    config = EngineConfig(model=checkpoint("olmoe")[0], expert_parallel=2, cache=CacheConfig(format="float32"))
+    (tmp_path / "config").write_bytes(FrameCodec[EngineConfig](EngineConfig).encode(config))
+    (tmp_path / "leader").write_text("1")  # another one than its parent
+    command = [sys.executable, "-m", "engine.expert_rank", str(tmp_path), "1"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode != 0
+    assert "did not start" in done.stderr
 
 
 @pytest.mark.parametrize(
