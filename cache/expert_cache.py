@@ -72,7 +72,13 @@ class ExpertCache:
         self._counts = ExpertCounts(store.header.keys, clock)
         self._books = CacheBooks(store.record_nbytes)
         self._oracle = OracleSampler(pool.num_slots, self._entries, clock) if not self.holds_all else None
+        self._kept: frozenset[ExpertKey] = frozenset()
         self._is_closing = False
+
+    @property
+    def keys(self) -> Sequence[ExpertKey]:
+        """All experts there are."""
+        return self._store.header.keys
 
     @property
     def holds_all(self) -> bool:
@@ -198,6 +204,45 @@ class ExpertCache:
         with self._changed:
             return [key for key in keys if key not in self._entries]
 
+    def keep(self, keys: Collection[ExpertKey]) -> None:
+        """Evict none of these from now on, and whatever was kept before again; raises `ValueError` for too many."""
+        most = len(self._store) if self.holds_all else self._pool.num_slots // 2
+        if len(set(keys)) > most:
+            raise ValueError(f"at most {most} experts can be kept, half of the {self._pool.num_slots} slots")
+        with self._changed:
+            self._kept = frozenset(keys)
+
+    def warm(self, keys: Sequence[ExpertKey]) -> int:
+        """Begin to read those that are not here, into free slots, and for kept ones into others; -> how many."""
+        num_begun = 0
+        with self._changed:
+            self._transfer.poll()
+            for key in keys:
+                if key in self._entries:
+                    continue
+                slot = self._pool.take()
+                taken: tuple[int, ExpertKey | None] | None = None if slot is None else (slot, None)
+                if taken is None and key in self._kept:
+                    taken = self._take_slot(self._evictable, "demand")
+                if taken is None:
+                    break
+                self._load(key, taken, benefit=0.0)
+                num_begun += 1
+            self._transfer.send()
+        return num_begun
+
+    def reset(self) -> int:
+        """Forget every expert that is neither in use, nor on its way, nor kept; -> how many."""
+        with self._changed:
+            self._transfer.poll()
+            idle = [entry for entry in self._entries.values() if self._evictable(entry.key)]
+            for entry in idle:
+                if entry.distance is not None:
+                    self._books.prefetched(entry.distance).wasted += 1
+                self._forget(entry)
+                self._pool.give(entry.slot)
+            return len(idle)
+
     def _asked_for(self, entry: Entry) -> None:
         assert entry.distance is not None
         self._books.got_prefetched(entry.distance, is_late=not entry.ready)
@@ -297,7 +342,7 @@ class ExpertCache:
 
     def _evictable(self, key: ExpertKey) -> bool:
         entry = self._entries[key]
-        return entry.ready and entry.pins == 0
+        return entry.ready and entry.pins == 0 and key not in self._kept
 
     def _arrived(self, entry: Entry, error: ExpertReadError | None) -> None:
         with self._changed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import msgspec
 from cache.expert_table import ExpertTable
 from engine.admission import check_request, too_long
 from engine.build import Build
+from engine.cache_control import CacheControls
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineOverloaded, InvalidRequest
 from engine.expert_questions import ExpertQuestions
@@ -28,6 +29,8 @@ from engine.messages import (
     MAX_TRACE_TOKENS,
     AbortRequest,
     AddRequest,
+    CacheAction,
+    CacheControlled,
     EngineState,
     EngineStats,
     ExpertsTold,
@@ -98,6 +101,7 @@ class AsyncEngine:
         self._trace = LiveTrace(self._send)
         self._checks = LiveChecks(self._send)
         self._questions = ExpertQuestions(self._send)
+        self._controls = CacheControls(self._send)
         self._trial = GrammarTrial(lambda: self._tokenizer().to_json())
         self._templates = TemplatePool()
         self._stats = EngineStats(state="stopped")
@@ -236,6 +240,23 @@ class AsyncEngine:
             self._require_ready()
         return await self._questions.ask()
 
+    async def control_cache(self, action: CacheAction, experts: Sequence[tuple[int, int]] | None = None) -> int:
+        """ "reset": forget prefixes, and experts that are not in use or kept. "warm": read experts into free slots.
+        "pin": read these and keep them, and only them, from now on. -> of how many experts.
+
+        Raises `InvalidRequest` for experts that are not there or do not fit, and `EngineDead`.
+        """
+        self._require_ready()
+        return await self._controls.ask(action, experts)
+
+    def abort(self, request_id: str) -> int:
+        """End a request, or all the choices of one, whose readers get an output that says so; -> how many ended."""
+        found = [one for one in self._streams if request_id in (one, one.rpartition("-")[0])]
+        for one in found:
+            self._send(AbortRequest(one))
+            self._streams[one].put(msgspec.structs.replace(failed_output(one, ""), finish_reason="abort", error=None))
+        return len(found)
+
     def stats(self) -> EngineStats:
         """The latest snapshot, a twentieth of a second old or a step; `last_step_age_s` is up to now."""
         return msgspec.structs.replace(
@@ -311,6 +332,8 @@ class AsyncEngine:
                 self._trace.deliver(message)
             case IntegrityChecked():
                 self._checks.deliver(message)
+            case CacheControlled():
+                self._controls.deliver(message)
             case ExpertsTold():
                 self._questions.deliver(message)
             case Failed():
@@ -325,6 +348,7 @@ class AsyncEngine:
         self._trace.fail(error)
         self._checks.fail(error)
         self._questions.fail(error)
+        self._controls.fail(error)
 
     def _ended(self, why: str) -> None:
         """The engine has failed or died by itself."""

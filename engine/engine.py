@@ -19,6 +19,7 @@ from cache.expert_table import ExpertTable
 from cache.stats import CacheStats
 from engine.admission import check_request
 from engine.block_manager import BlockManager
+from engine.cache_control import expert_keys_of
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.constraints import Constraints, spoiled_by
@@ -35,7 +36,15 @@ from engine.layers.foresight import Observers, RoutingObserver
 from engine.layers.moe import ExpertArena, ExpertFailure
 from engine.live_experts import LiveExperts
 from engine.loader import expert_keys, free_memory_nbytes, kv_dtype, load_decoder, open_experts
-from engine.messages import EngineStats, FinishReason, ModelInfo, PositionLogprobs, RequestOutput, TokenLogprob
+from engine.messages import (
+    CacheAction,
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    PositionLogprobs,
+    RequestOutput,
+    TokenLogprob,
+)
 from engine.model_runner import ModelRunner
 from engine.models.spec import ModelSpec, MoeSpec
 from engine.recordings import Recordings
@@ -397,6 +406,22 @@ class Engine:
             batch_tokens=self._parts.batch_tokens,
             expert_cache=self._experts.cache.stats() if self._experts is not None else CacheStats(),
         )
+
+    def control_cache(self, action: CacheAction, experts: list[tuple[int, int]] | None) -> int:
+        """See `AsyncEngine.control_cache`; raises `ValueError`."""
+        if action == "reset":
+            self._blocks.reset_prefix_cache()
+        if self._experts is None:
+            if action != "reset":
+                raise ValueError("this model has no experts")
+            return 0
+        cache = self._experts.cache
+        if action == "reset":
+            return cache.reset()
+        keys = expert_keys_of(experts, cache.keys)
+        if action == "pin":
+            cache.keep(keys)
+        return cache.warm(keys)
 
     def expert_table(self) -> ExpertTable | None:
         """Of each expert how often it was asked for, and where it is; None for a model without."""

@@ -82,6 +82,25 @@ class ExpertsTold(msgspec.Struct, frozen=True, tag=True):
     table: ExpertTable | None
 
 
+CacheAction = Literal["reset", "warm", "pin"]
+
+
+class ControlCache(msgspec.Struct, frozen=True, tag=True):
+    """Server to engine: forget what is cached and not in use, bring experts up, or keep some from now on."""
+
+    ask_id: str
+    action: CacheAction
+    experts: list[tuple[int, int]] | None = None  # (layer, expert); None: all there are
+
+
+class CacheControlled(msgspec.Struct, frozen=True, tag=True):
+    """Engine to server: that was done to so many experts, or was not for the reason in `error`."""
+
+    ask_id: str
+    num_experts: int = 0
+    error: str | None = None
+
+
 class TokenLogprob(msgspec.Struct, frozen=True):
     """One token with its natural-log probability; `token` is the token's own bytes (possibly half a character)."""
 
@@ -187,8 +206,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
-ToEngine = AddRequest | AbortRequest | StartTrace | StopTrace | CheckIntegrity | AskExperts | Stop
-FromEngine = Outputs | StatsTaken | TraceRecorded | IntegrityChecked | ExpertsTold | Failed
+ToEngine = AddRequest | AbortRequest | StartTrace | StopTrace | CheckIntegrity | AskExperts | ControlCache | Stop
+FromEngine = Outputs | StatsTaken | TraceRecorded | IntegrityChecked | ExpertsTold | CacheControlled | Failed
 
 
 def failed_output(request_id: str, error: str) -> RequestOutput:

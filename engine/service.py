@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from engine.cache_control import control_cache
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.live_checks import check_engine
@@ -16,6 +17,7 @@ from engine.messages import (
     AddRequest,
     AskExperts,
     CheckIntegrity,
+    ControlCache,
     ExpertsTold,
     Failed,
     FromEngine,
@@ -94,6 +96,8 @@ class EngineService:
                 self._traces.stop(message)
             case AskExperts(ask_id):
                 self._send(ExpertsTold(ask_id, engine.expert_table()))
+            case ControlCache():
+                self._send(control_cache(engine, message))
             case CheckIntegrity():
                 self._send(check_engine(engine, message))
             case Stop():

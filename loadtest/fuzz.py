@@ -87,6 +87,8 @@ def mutated(rng: random.Random, base: dict[str, Any], fields: list[str]) -> byte
         body[name] = rng.choice(HINTS[name]) if name in HINTS and rng.random() < 0.5 else anything(rng)
     if rng.random() < 0.05:
         body.pop(rng.choice(list(body)))
+    if "max_tokens" in base and body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
+        body["max_tokens"] = 2  # not as many as the context holds, which is no fault but takes its time
     raw = json.dumps(body, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
     kind = rng.random()
     if kind < 0.05:

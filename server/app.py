@@ -31,12 +31,17 @@ from server.routes import ROUTERS
 from server.routes.admin import Drain, Ended, Integrity, TraceBody
 from server.routes.health import Version
 from server.routes.models import ModelCard, ModelList
+from server.routes.operate import OPERATE_ANSWERS, OPERATE_BODIES
 from server.routes.pages import PAGE_PATHS
 from server.routes.tokenize import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from server.settings import AppSettings
 
-BODIES: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, TraceBody]
+BODIES: list[type[BaseModel]] = [
+    *(ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, TraceBody),
+    *OPERATE_BODIES,
+]
 ANSWERS: list[type[msgspec.Struct]] = [
+    *OPERATE_ANSWERS,
     ChatCompletion,
     ChatChunk,
     Completion,

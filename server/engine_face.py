@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from cache.expert_table import ExpertTable
-from engine.messages import EngineStats, ModelInfo, RequestOutput, TraceRecorded
+from engine.messages import CacheAction, EngineStats, ModelInfo, RequestOutput, TraceRecorded
 from engine.sampling_params import SamplingParams
 
 
@@ -33,6 +33,10 @@ class Engine(Protocol):
     async def integrity_error(self) -> str | None: ...
 
     async def expert_table(self) -> ExpertTable | None: ...
+
+    async def control_cache(self, action: CacheAction, experts: Sequence[tuple[int, int]] | None = None) -> int: ...
+
+    def abort(self, request_id: str) -> int: ...
 
     def stats(self) -> EngineStats: ...
 

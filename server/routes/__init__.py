@@ -16,6 +16,7 @@ from server.routes.experts import experts_router
 from server.routes.health import health_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
+from server.routes.operate import operate_router
 from server.routes.pages import pages_router
 from server.routes.tokenize import tokenize_router
 
@@ -30,5 +31,6 @@ ROUTERS: dict[str, Callable[[AppContext], APIRouter]] = {
     "health": health_router,
     "metrics": metrics_router,
     "admin": admin_router,
+    "operate": operate_router,
     "docs": docs_router,
 }

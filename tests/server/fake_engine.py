@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,8 @@ class FakeEngine:
         self.messages: list[dict[str, Any]] = []
         self.num_open = 0  # generators started and not ended
         self.num_aborted = 0
+        self.controlled: list[tuple[str, Sequence[tuple[int, int]] | None]] = []
+        self.aborted: list[str] = []
         self.start_error: Exception | None = None
         self.start_s = 0.0
         self.stopped_with: float | None = None
@@ -188,6 +190,16 @@ class FakeEngine:
 
     async def expert_table(self) -> ExpertTable | None:
         return self.table
+
+    async def control_cache(self, action: str, experts: Sequence[tuple[int, int]] | None = None) -> int:
+        if experts and experts[0][0] > 1:
+            raise InvalidRequest("there is no such expert", param="experts")
+        self.controlled.append((action, experts))
+        return 3
+
+    def abort(self, request_id: str) -> int:
+        self.aborted.append(request_id)
+        return int(any(seen == request_id for seen, _, _ in self.seen))
 
     def stats(self) -> EngineStats:
         values = {name: getattr(self.stats_to_tell, name) for name in self.stats_to_tell.__struct_fields__}
