@@ -33,6 +33,19 @@ def round_activations(x: Tensor, format: str, *, is_dense: bool = False) -> Tens
     return (q * (largest / steps)).flatten(-2)[..., :num_inputs]
 
 
+def quantise_rows(x: Tensor, *, is_dense: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """x [n, K] -> int8 high [n, K], int8 low [n, K], scales [n, spans]: the parts of what `round_activations` gives.
+
+    An input is (high + low / 256) * scale; low is zero but in spans with 16 bits.
+    """
+    rounded = round_activations(x, "int8", is_dense=is_dense)
+    scales = F.pad(x.float(), (0, -x.shape[1] % SPAN)).unflatten(-1, (-1, SPAN)).abs().amax(-1) / 127.0
+    steps = scales.repeat_interleave(SPAN, -1)[:, : x.shape[1]] / 256.0
+    whole = torch.where(steps > 0, rounded / steps, 0.0).round().int()
+    high = (whole + 128).div(256, rounding_mode="floor")
+    return high.to(torch.int8), (whole - 256 * high).to(torch.int8), scales
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, format: str) -> Tensor:
     """x [n, K], weight float32 [N, K] as unpacked from `format` -> float32 [n, N]."""
     return F.linear(round_activations(x, format, is_dense=True), weight, bias)
@@ -68,11 +81,13 @@ def paged_attention(
     context: list[int],
     blocks: list[Tensor],
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Causal grouped-query attention of any mix of chunks and decode rows.
 
     query [T, heads, D]; keys, values as in `append_kv`; sequence s owns the query rows row_begin[s]..row_begin[s + 1],
-    which are the last of its context[s] tokens, in the blocks blocks[s]. Returns [T, heads, D].
+    which are the last of its context[s] tokens, in the blocks blocks[s]; with a window each sees only so many tokens,
+    itself the last of them. Returns [T, heads, D].
     """
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = keys.shape[1]
@@ -86,8 +101,10 @@ def paged_attention(
         num_rows = end - start
         q = q.reshape(num_kv_heads, num_heads // num_kv_heads * num_rows, head_dim)
         scores = (q @ k.transpose(1, 2)) * scale  # [kv_heads, group * rows, context]
-        if num_rows > 1:
+        if num_rows > 1 or window is not None:
             hidden = torch.ones(num_rows, length, dtype=torch.bool).triu(length - num_rows + 1)
+            if window is not None:
+                hidden |= torch.ones(num_rows, length, dtype=torch.bool).tril(length - num_rows - window)
             scores = scores.view(num_kv_heads, -1, num_rows, length).masked_fill(hidden, float("-inf"))
             scores = scores.view(num_kv_heads, -1, length)
         attended = scores.softmax(-1) @ v
@@ -112,8 +129,34 @@ def route(logits: Tensor, num_active: int, routing: str) -> tuple[Tensor, Tensor
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, format: str) -> Tensor:
     """x [n, H], gate and up [I, H], down [H, I] -> silu(x gate^T) * (x up^T) down^T [n, H] (Shazeer 2020)."""
+    return expert_down(expert_gate_up(x, gate, up, format), down, format)
+
+
+def group_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """ids [T, k] -> begin int32 [experts + 1], positions int32 [T * k] (token * k + rank) by expert, then ascending."""
+    flat = ids.flatten().long()
+    begin = F.pad(torch.bincount(flat, minlength=num_experts).cumsum(0), (1, 0))
+    return begin.int(), flat.argsort(stable=True).int()
+
+
+def cut_tiles(begin: Tensor, chosen: Tensor, rows_a_tile: int) -> Tensor:
+    """Segment s has rows begin[s]..begin[s + 1] -> int32 [tiles, 3] (i, first row, end row) of the chosen[i]."""
+    tiles = []
+    for i, segment in enumerate(chosen.tolist()):
+        end = int(begin[segment + 1])
+        tiles += [(i, row, min(row + rows_a_tile, end)) for row in range(int(begin[segment]), end, rows_a_tile)]
+    return torch.tensor(tiles, dtype=torch.int32).view(-1, 3)
+
+
+def expert_gate_up(x: Tensor, gate: Tensor, up: Tensor, format: str) -> Tensor:
+    """x [n, H] of one expert's tokens, gate and up [I, H] -> silu(x gate^T) * (x up^T) [n, I]."""
     x = round_activations(x, format)
-    return F.linear(round_activations(F.silu(F.linear(x, gate)) * F.linear(x, up), format), down)
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def expert_down(x: Tensor, down: Tensor, format: str) -> Tensor:
+    """x [n, I] of one expert's tokens, down [H, I] -> [n, H]."""
+    return F.linear(round_activations(x, format), down)
 
 
 def combine(outputs: Tensor, weights: Tensor) -> Tensor:
