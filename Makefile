@@ -39,5 +39,8 @@ loadtest: .venv/installed
 sanitize: .venv/installed
 	tests/kernels/sanitize.sh $(BIN)/python
 
+gpu-table: .venv/installed
+	env -u TRITON_INTERPRET $(BIN)/python -m kernels.gpu.aot
+
 clean:
 	rm -rf .venv

@@ -184,7 +184,15 @@ def _reference(num_threads: int) -> Backend:
     return TorchBackend()
 
 
-BACKENDS: dict[str, Callable[[int], Backend]] = {"native": _native, "reference": _reference}
+def _triton(num_threads: int) -> Backend:
+    try:
+        from kernels.gpu.backend import TritonBackend
+    except ImportError as error:
+        raise RuntimeError(f"the Triton kernels need triton, which comes with torch for CUDA: {error}") from error
+    return TritonBackend()
+
+
+BACKENDS: dict[str, Callable[[int], Backend]] = {"native": _native, "reference": _reference, "triton": _triton}
 
 
 def choose_backend(name: str, num_threads: int) -> Backend:

@@ -1,0 +1,1 @@
+"""The Triton kernels. Only what imports a module of this package needs triton."""
