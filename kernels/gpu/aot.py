@@ -80,7 +80,7 @@ def as_markdown(table: Row) -> str:
         "shared memory are read from the compiled code; occupancy is what they allow (warps of a multiprocessor's);",
         "tensor instructions are named without the size of the short side. Bytes and operations are one program's",
         "(attention: of one tile of 64 keys), and the bound is what published rates say of data in its memory.",
-        "Shapes are Qwen3-30B-A3B's; tiles are rows x outputs, warps, stages. See [gpu.md](gpu.md).",
+        "Shapes are Qwen3-30B-A3B's; tiles are rows x outputs, warps, stages. See [triton.md](triton.md).",
     ]
     for arch, gpu in GPUS.items():
         rates = ", ".join(f"{name} {rate / 1e12:g}" for name, rate in gpu.operations.items())

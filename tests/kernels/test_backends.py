@@ -113,7 +113,7 @@ def test_the_backend_is_chosen_by_name_and_the_slow_one_loudly(monkeypatch, capl
     with caplog.at_level("INFO"):
         assert choose_backend("auto", 1).name == "native"
     assert re.search(r"native kernels: (amx|avx512|avx2|portable), 1 threads", caplog.text)
-    with pytest.raises(ValueError, match="unknown kernels 'fast'; known: auto, native, reference"):
+    with pytest.raises(ValueError, match="unknown kernels 'fast'; known: auto, native, reference, triton"):
         choose_backend("fast", 1)
 
     def not_built(num_threads: int) -> Backend:
