@@ -152,12 +152,24 @@ class AsyncEngine:
         if self._state != "dead":
             self._state = "stopped"
 
-    async def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    async def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> list[int]:
         """Messages through the model's chat template; raises `InvalidRequest` if it has none or refuses them."""
         tokenizer = self._tokenizer()
-        template = tokenizer.chat_template()
-        variables = {**tokenizer.special_tokens, "add_generation_prompt": add_generation_prompt}
-        text = await self._templates.render(template, messages, variables)
+        given = {**(variables or {}), **tokenizer.special_tokens, "add_generation_prompt": add_generation_prompt}
+        text = await self._templates.render(
+            tokenizer.chat_template(has_tools=tools is not None),
+            messages,
+            {**given, "tools": tools},
+            continue_final_message=continue_final_message,
+        )
         return await self._encode(text, add_special_tokens=False, param="messages")
 
     async def encode(self, text: str) -> list[int]:

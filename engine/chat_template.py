@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -73,15 +73,28 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def variables_of(template: str) -> frozenset[str]:
+    """Names that the template reads and does not set; empty for one that cannot be parsed."""
+    environment = _environment()
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(template))) - environment.globals.keys()
+    except jinja2.TemplateError:
+        return frozenset()
+
+
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+def _environment() -> jinja2.Environment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
+    return environment
 
 
 def _tojson(

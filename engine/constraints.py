@@ -30,7 +30,7 @@ _CACHE_NBYTES = 64 * 1024**2
 _UNMEASURED_NBYTES = 512 * 1024  # what a usual schema takes
 _NBYTES_PER_CHAR = 32
 
-_Key = tuple[str, str]
+_Key = tuple[str, str, str]
 
 
 class Constraints:
@@ -66,7 +66,7 @@ class Constraints:
         structure = request.params.structure
         if structure is None:
             return True
-        key = (structure.kind, structure.source)
+        key = (structure.kind, structure.source, structure.prelude)
         matcher = self._cache.get(key)
         if matcher is not None:
             request.matcher = matcher.deep_copy()
@@ -99,7 +99,7 @@ class Constraints:
             del self._waiting[request]
             structure = request.params.structure
             assert structure is not None
-            key = (structure.kind, structure.source)
+            key = (structure.kind, structure.source, structure.prelude)
             self._compiling.pop(key, None)
             error = future.exception()
             if error is None:

@@ -170,6 +170,10 @@ class Engine:
             max_model_len=max_model_len,
             vocab_size=spec.vocab_size,
             has_chat_template=self.tokenizer.has_chat_template,
+            chat_template=self.tokenizer.template_text,
+            template_variables=self.tokenizer.template_variables,
+            added_tokens=self.tokenizer.added_tokens,
+            eos_token_ids=tuple(sorted(self._eos_token_ids)),
             dtype=config.dtype,
             expert_format=config.cache.format if self._experts is not None else None,
         )

@@ -73,11 +73,15 @@ def prepared(structure: Structure) -> Structure:
         raise InvalidRequest(f"nested more than {MAX_DEPTH} levels deep", param=structure.param) from None
     except ValueError as error:
         raise InvalidRequest(f"cannot be read: {_first_line(str(error))}", param=structure.param) from None
-    return msgspec.structs.replace(structure, kind="llguidance", source=source)
+    if structure.prelude:
+        first = {"lark_grammar": f"start: prelude @structure\n{structure.prelude}"}
+        (second,) = json.loads(source)["grammars"]
+        source = json.dumps({"grammars": [first, {"name": "structure", **second}]})
+    return msgspec.structs.replace(structure, kind="llguidance", source=source, prelude="")
 
 
 def _json(source: str, param: str) -> str:
-    return LLMatcher.grammar_from_lark(f"start: {json_rule(json.loads(source), param)}")
+    return _lark(f"start: {json_rule(json.loads(source), param)}")
 
 
 def _regex(source: str, param: str) -> str:
@@ -103,7 +107,11 @@ def _grammar(source: str, param: str) -> str:
             source = any_to_lark(source)
         except Exception as error:  # it has a class of its own for what it does not take, and raises others too
             raise ValueError(str(error) or "not a grammar") from None
-    return LLMatcher.grammar_from_lark(source)
+    return _lark(source)
+
+
+def _lark(source: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": source}]})
 
 
 _WORDS = {"json": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import struct
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -15,18 +17,18 @@ from engine.errors import EngineOverloaded, InvalidRequest
 from engine.grammar_worker import Cancel, Tokens, Try, Verdict, frame
 from engine.sampling_params import Structure
 
+_ROOT = Path(__file__).parents[1]  # where the worker finds the package, too
 _VERDICTS_NBYTES = 16 * 1024**2
 _MAX_WAITING = 64
 
-_Key = tuple[str, str]
+_Key = tuple[str, str, str]
 
 
 class GrammarTrial:
     """`passed` is asked before a request is queued. The process starts with the first question. One event loop."""
 
-    def __init__(self, tokenizer_json: Callable[[], str], command: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer_json: Callable[[], str]) -> None:
         self._tokenizer_json = tokenizer_json
-        self._command = command or (sys.executable, "-m", "engine.grammar_worker")
         self._process: asyncio.subprocess.Process | None = None
         self._reading: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
@@ -40,7 +42,7 @@ class GrammarTrial:
 
         When everybody who waits for the same one is cancelled, so is its trial. Raises `EngineOverloaded`.
         """
-        key = (structure.kind, structure.source)
+        key = (structure.kind, structure.source, structure.prelude)
         verdict = self._verdicts.get(key)
         if verdict is None:
             verdict = await self._ask(key, structure)
@@ -102,8 +104,13 @@ class GrammarTrial:
 
     async def _start(self) -> None:
         tokenizer_json = await asyncio.to_thread(self._tokenizer_json)
+        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
         self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+            *(sys.executable, "-m", "engine.grammar_worker"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"},  # no keys
         )
         assert self._process.stdin is not None
         self._process.stdin.write(frame(Tokens(tokenizer_json)))

@@ -31,6 +31,10 @@ _ANNOTATIONS = frozenset(
 _OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 _OF_ONE_SCHEMA = frozenset({"items", "additionalItems", "additionalProperties"})
 _OF_MANY_SCHEMAS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+_COMBINING = frozenset({"anyOf", "oneOf", "$ref"})
+_OF_OBJECTS = frozenset(
+    {"properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties"}
+)
 _OF_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 
 
@@ -45,37 +49,68 @@ def json_rule(schema: Any, param: str) -> str:
 def enforceable(schema: Any, param: str) -> Any:
     """The schema without its annotations; raises `InvalidRequest` naming a keyword that cannot be enforced.
 
-    `$schema` is an annotation too: all keywords mean what they mean in draft 2020-12.
+    `$schema` is an annotation too: all keywords mean what they mean in draft 2020-12. An object whose schema names its
+    properties, and says nothing of others, gets no others: models that may always add one more never come to an end.
     """
     if _is_deeper(schema, MAX_DEPTH):
         raise InvalidRequest(f"the schema is nested more than {MAX_DEPTH} levels deep", param=param)
-    return _enforced(schema, param, "")
+    walk = _Walk(param)
+    kept = walk.enforced(schema, "")
+    if not walk.is_combined:
+        for closable in walk.closable:
+            closable["additionalProperties"] = False
+    return kept
 
 
-def _enforced(schema: Any, param: str, path: str) -> Any:
-    if isinstance(schema, bool):
-        return schema
-    if not isinstance(schema, dict):
-        raise InvalidRequest(f"the schema at #{path} must be an object or a boolean", param=param)
-    kept: dict[str, Any] = {}
-    for keyword, value in schema.items():
-        if keyword in _ANNOTATIONS or (keyword.startswith("x-") and keyword != "x-guidance"):
-            continue
-        if keyword not in _ENFORCED:
-            raise InvalidRequest(f"the schema's keyword {keyword[:100]!r} at #{path} cannot be enforced", param=param)
+class _Walk:
+    def __init__(self, param: str) -> None:
+        self._param = param
+        self.closable: list[dict[str, Any]] = []
+        self.is_combined = False  # some schemas hold together, so that none can be closed by itself
+
+    def enforced(self, schema: Any, path: str) -> Any:
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise self._refusal(f"the schema at #{path} must be an object or a boolean")
+        kept: dict[str, Any] = {}
+        for keyword, value in schema.items():
+            if keyword in _ANNOTATIONS or (keyword.startswith("x-") and keyword != "x-guidance"):
+                continue
+            if keyword not in _ENFORCED:
+                raise self._refusal(f"the schema's keyword {keyword[:100]!r} at #{path} cannot be enforced")
+            kept[keyword] = self._value(keyword, value, path)
+        if _is_closable(kept):
+            self.closable.append(kept)
+        self.is_combined |= "allOf" in kept or bool(_COMBINING & kept.keys() and _OF_OBJECTS & kept.keys())
+        return kept
+
+    def _value(self, keyword: str, value: Any, path: str) -> Any:
         place = f"{path}/{keyword}"
         if keyword in _OF_MANY_SCHEMAS or (keyword == "items" and isinstance(value, list)):
             if not isinstance(value, list):
-                raise InvalidRequest(f"the schema's {keyword} at #{path} must be a list", param=param)
-            value = [_enforced(one, param, f"{place}/{i}") for i, one in enumerate(value)]
-        elif keyword in _OF_ONE_SCHEMA:
-            value = _enforced(value, param, place)
-        elif keyword in _OF_NAMED_SCHEMAS:
+                raise self._refusal(f"the schema's {keyword} at #{path} must be a list")
+            return [self.enforced(one, f"{place}/{i}") for i, one in enumerate(value)]
+        if keyword in _OF_ONE_SCHEMA:
+            return self.enforced(value, place)
+        if keyword in _OF_NAMED_SCHEMAS:
             if not isinstance(value, dict):
-                raise InvalidRequest(f"the schema's {keyword} at #{path} must be an object", param=param)
-            value = {name: _enforced(one, param, f"{place}/{name}"[:200]) for name, one in value.items()}
-        kept[keyword] = value
-    return kept
+                raise self._refusal(f"the schema's {keyword} at #{path} must be an object")
+            return {name: self.enforced(one, f"{place}/{name}"[:200]) for name, one in value.items()}
+        return value
+
+    def _refusal(self, message: str) -> InvalidRequest:
+        return InvalidRequest(message, param=self._param)
+
+
+def _is_closable(schema: dict[str, Any]) -> bool:
+    properties, required, least = (schema.get(name) for name in ("properties", "required", "minProperties"))
+    return (
+        isinstance(properties, dict)
+        and not {"additionalProperties", "patternProperties"} & schema.keys()
+        and (required is None or (isinstance(required, list) and all(name in properties for name in required)))
+        and (least is None or (isinstance(least, int) and least <= len(properties)))
+    )
 
 
 def _is_deeper(value: Any, limit: int) -> bool:

@@ -136,6 +136,13 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class AddedToken(msgspec.Struct, frozen=True):
+    """A token that stands for one whole text; a special one is left out of answers."""
+
+    token_id: int
+    special: bool
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the server may know of the loaded model."""
 
@@ -146,6 +153,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     has_chat_template: bool
     dtype: str
     expert_format: str | None  # None: the model has no experts
+    chat_template: str | None = None  # its text; None: the model has none
+    template_variables: frozenset[str] = frozenset()  # names that the template takes
+    added_tokens: dict[str, AddedToken] = {}
+    eos_token_ids: tuple[int, ...] = ()
 
 
 StepPart = Literal["attention", "moe", "stall", "sample", "schedule"]

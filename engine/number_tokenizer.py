@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from engine.errors import InvalidRequest
+from engine.messages import AddedToken
 from engine.tokenizer import Tokenizer
 
 
@@ -12,6 +14,9 @@ class NumberTokenizer(Tokenizer):
     """Stands in where there is no text: a token is its number."""
 
     has_chat_template = False
+    template_text = None
+    template_variables: frozenset[str] = frozenset()
+    added_tokens: ClassVar[dict[str, AddedToken]] = {}
 
     def __init__(self) -> None:
         self.eos_token_id = None

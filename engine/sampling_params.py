@@ -24,6 +24,7 @@ class Structure(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["json", "regex", "choice", "grammar", "llguidance"]
     source: str
     param: str  # what the client calls it
+    prelude: str = ""  # Lark rules of which `prelude` matches what comes before, such as a thought
     nbytes: int = 0  # that it takes compiled, where this has been measured
 
 

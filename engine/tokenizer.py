@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.chat_template import TemplateRefusal, render
+from engine.chat_template import TemplateRefusal, render, variables_of
 from engine.errors import CheckpointError, InvalidRequest
+from engine.messages import AddedToken
 
 
 class TokenDecoder(Protocol):
@@ -18,6 +19,15 @@ class TokenDecoder(Protocol):
 
     @property
     def has_chat_template(self) -> bool: ...
+
+    @property
+    def template_text(self) -> str | None: ...
+
+    @property
+    def template_variables(self) -> frozenset[str]: ...
+
+    @property
+    def added_tokens(self) -> dict[str, AddedToken]: ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
@@ -53,6 +63,23 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._wrapper.chat_template)
+
+    @property
+    def template_text(self) -> str | None:
+        return self.chat_template(has_tools=True) if self.has_chat_template else None
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What the template reads that is not its own; empty if that cannot be told."""
+        return frozenset() if self.template_text is None else variables_of(self.template_text)
+
+    @property
+    def added_tokens(self) -> dict[str, AddedToken]:
+        """By their text."""
+        return {
+            token.content: AddedToken(token_id, token.special)
+            for token_id, token in self._fast.get_added_tokens_decoder().items()
+        }
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids

@@ -16,7 +16,15 @@ class Engine(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    async def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]: ...
+    async def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> list[int]: ...
 
     async def encode(self, text: str) -> list[int]: ...
 

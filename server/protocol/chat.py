@@ -12,8 +12,9 @@ from pydantic_core import PydanticCustomError
 from engine.messages import FinishReason
 from engine.sampling_params import MAX_LOGPROBS
 from server.errors import BadRequest
-from server.protocol.fields import Count, SamplingBody
+from server.protocol.fields import Count, NumChoices, SamplingBody
 from server.protocol.logprobs import ChatLogprobs
+from server.protocol.tools import PastCall, ToolCall, ToolCallDelta, ToolChoice, ToolDefinition
 from server.protocol.usage import Usage
 
 
@@ -40,33 +41,55 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
-    role: Literal["developer", "system", "user", "assistant"]
+    role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Annotated[
         str | None, BeforeValidator(_joined_text, json_schema_input_type=str | list[dict[str, str]] | None)
     ] = None
     name: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[PastCall] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     function_call: Any | None = None
 
     @field_validator("role", mode="before")
     @classmethod
-    def _no_tools_yet(cls, value: Any) -> Any:
-        if value in ("tool", "function"):
-            raise PydanticCustomError("role", "tool messages are not supported yet")
+    def _no_functions(cls, value: Any) -> Any:
+        if value == "function":
+            raise PydanticCustomError("role", "function messages are not supported; use tool messages")
         return value
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
-        if self.tool_calls or self.function_call:
-            raise PydanticCustomError("tool_calls", "tool calls in messages are not supported yet")
+        if self.function_call:
+            raise PydanticCustomError("function_call", "function_call is not supported; use tool_calls")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "only assistant messages have tool calls")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise PydanticCustomError("tool_call_id", "a tool message needs the tool_call_id that it answers")
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError("content_missing", "a {role} message needs content", {"role": self.role})
         return self
 
-    def rendered(self) -> dict[str, Any]:
+    def rendered(self, *, arguments_as_text: bool = False) -> dict[str, Any]:
         """The message as chat templates take it."""
-        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
-        return message if self.name is None else {**message, "name": self.name}
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content or "",
+        }
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.rendered(as_text=arguments_as_text) for call in self.tool_calls]
+        if self.role == "tool":
+            message["tool_call_id"] = self.tool_call_id
+        thought = self.reasoning_content or self.reasoning
+        if thought and self.role == "assistant":
+            message["reasoning_content"] = thought
+        return message
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
 class ChatRequest(SamplingBody):
@@ -74,7 +97,14 @@ class ChatRequest(SamplingBody):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    n: NumChoices | None = None
+    tools: list[ToolDefinition] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: Literal[False] | None = None  # the template writes them
 
     @property
@@ -91,17 +121,26 @@ class ChatRequest(SamplingBody):
         return None
 
 
+ChatFinishReason = FinishReason | Literal["tool_calls"]
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
+    """`reasoning` is there, under both names that clients know, where the model can reason."""
+
     role: str
-    content: str
+    content: str | None
     refusal: None = None
+    annotations: list[None] = []
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    reasoning: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
 
 
@@ -118,13 +157,16 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
 class ChatDelta(msgspec.Struct, frozen=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | UnsetType | None = UNSET
 
 

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.sampling_params import MAX_STOP_STRINGS, SamplingParams
 from server.errors import BadRequest
+from server.protocol.structure import ResponseFormat, StructuredOutputs, structure_of
 
 _INT32_MAX = 2**31 - 1
 
@@ -77,6 +78,8 @@ class SamplingBody(Body):
     min_tokens: CountOrZero | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -108,4 +111,5 @@ class SamplingBody(Body):
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             skip_special_tokens=self.skip_special_tokens is not False,
+            structure=structure_of(self.response_format, self.structured_outputs),
         )

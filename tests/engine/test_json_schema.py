@@ -34,7 +34,26 @@ def test_annotations_go_at_schemas_and_stay_in_values():
         "properties": {"title": {"type": "string"}, "x-y": {"const": {"title": 1}}},
         "required": ["title"],
         "$defs": {"description": {"enum": [{"description": 1}]}},
+        "additionalProperties": False,
     }
+
+
+def test_objects_get_no_properties_that_their_schema_does_not_name_where_that_is_sure_to_be_possible():
+    names = {"properties": {"a": True}}
+    assert enforceable(names, "p") == {**names, "additionalProperties": False}
+    nested = {"items": {"anyOf": [names, {"$ref": "#"}]}}
+    assert enforceable(nested, "p")["items"]["anyOf"][0]["additionalProperties"] is False
+    for left_alone in (
+        {**names, "additionalProperties": True},
+        {**names, "patternProperties": {"^b": True}},
+        {**names, "required": ["b"]},
+        {**names, "minProperties": 2},
+        {"type": "object"},
+        {"allOf": [names, {"properties": {"b": True}, "required": ["b"]}]},
+        {**names, "anyOf": [{"required": ["b"]}, {"properties": {"c": True}}]},
+        {"$defs": {"d": names}, "$ref": "#/$defs/d", "required": ["b"]},
+    ):
+        assert enforceable(left_alone, "p") == left_alone
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ INFO = ModelInfo(
     has_chat_template=True,
     dtype="float32",
     expert_format="int8",
+    chat_template="{% for message in messages %}{{ message.content }}{% endfor %}",
+    template_variables=frozenset({"messages", "add_generation_prompt"}),
 )
 
 
@@ -67,6 +69,8 @@ class FakeEngine:
     def __init__(self, script: Script | Callable[[list[int]], Script] | None = None) -> None:
         self.script = script or Script()
         self.model = INFO
+        self.prompt_end = ""  # what the template writes at the end
+        self.rendering: dict[str, Any] = {}  # the latest
         self.state: EngineState = "ready"
         self.stats_to_tell = EngineStats(state="ready")
         self.seen: list[tuple[str, list[int], SamplingParams]] = []
@@ -103,18 +107,21 @@ class FakeEngine:
             await asyncio.sleep(0.01)
         self.state = "stopped"
 
-    async def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    async def render_chat(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **rendering: Any
+    ) -> list[int]:
         if any("\x00" in message["content"] for message in messages):
             raise InvalidRequest("the chat template failed", param="messages")
         self.messages = messages
+        self.rendering = {"add_generation_prompt": add_generation_prompt, **rendering}
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
-        return await self.encode(text + ("<assistant>" if add_generation_prompt else ""))
+        return await self.encode(text + ("<assistant>" if add_generation_prompt else "") + self.prompt_end)
 
     async def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     async def decode(self, token_ids: list[int]) -> str:
-        if any(token_id >= self.info.vocab_size for token_id in token_ids):
+        if any(token_id >= self.model.vocab_size for token_id in token_ids):
             raise InvalidRequest("no such token", param="tokens")
         return bytes(token_ids).decode("utf-8", "replace")
 
@@ -125,7 +132,7 @@ class FakeEngine:
         self.seen.append((request_id, prompt_token_ids, params))
         if script.refusal is not None:
             raise script.refusal
-        check_request(self.info, prompt_token_ids, params)
+        check_request(self.model, prompt_token_ids, params)
         self.num_open += 1
         finished = False
         try:

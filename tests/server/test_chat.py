@@ -41,7 +41,7 @@ async def test_an_answer_in_one_piece_has_every_field_of_the_schema(client: http
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": "Paris.", "refusal": None},
+                "message": {"role": "assistant", "content": "Paris.", "refusal": None, "annotations": []},
                 "logprobs": None,
                 "finish_reason": "stop",
                 "stop_reason": None,
