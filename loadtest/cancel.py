@@ -19,6 +19,7 @@ from server.remote import server_url
 
 _HELD = ("num_requests_running", "num_requests_waiting", "kv_cache_blocks_used")
 _REST_S = 30.0
+_COUNTED_S = 5.0  # for those that the server had not begun to read
 
 
 class CancelResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +70,9 @@ async def cancel(url: str, num_requests: int, max_tokens: int, prompt_tokens: in
         await asyncio.gather(*tasks, return_exceptions=True)
         hung_up = time.monotonic()
         answer, at_rest_s = await asyncio.gather(_next_answer(client, hung_up), _rest(client, hung_up))
-        counted = await _metric(client, r'foregate_requests_total\{.*code="499"') - counted
+        before, counted = counted, 0.0
+        while counted < num_cancelled and time.monotonic() - hung_up < _COUNTED_S:
+            counted = await _metric(client, r'foregate_requests_total\{.*code="499"') - before
         error = (await client.get("/admin/integrity")).raise_for_status().json()["error"]
     return CancelResult(
         num_requests=num_requests,
