@@ -49,7 +49,7 @@ mount -t proc proc "$folder/root/proc"
 mount --rbind /dev "$folder/root/dev"
 mount -o remount,bind,ro "$folder/root"
 [ -z "\${ALONE:-}" ] || ip link set lo up
-exec env -i HOME=/home/foregate PATH=/opt/foregate/bin:/usr/bin:/bin FOREGATE_HOME=/models HF_HOME=/models/hub \\
+exec env -i HOME=/home/foregate PATH=/opt/foregate/bin:/usr/sbin:/usr/bin:/sbin:/bin FOREGATE_HOME=/models HF_HOME=/models/hub \\
     PYTHONUNBUFFERED=1 PIP_CERT=/etc/ssl/host.crt \\
     chroot --userspec=10001:10001 "$folder/root" setpriv --no-new-privs "\$@"
 EOF
