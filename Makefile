@@ -7,10 +7,11 @@ URL ?= http://127.0.0.1:8000
 SCENARIO ?= steady
 DURATION ?= 60s
 OUT ?= loadtest/results
+JOBS ?= 2
 
-.PHONY: serve test check loadtest sanitize install clean
+.PHONY: serve test check loadtest sanitize gpu-table install clean
 
-.venv/installed: pyproject.toml setup.py $(wildcard kernels/cpu/src/*)
+.venv/installed: pyproject.toml setup.py $(wildcard kernels/cpu/src/* cache/native/*.cpp cache/native/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "Foregate needs Python 3.10 to 3.13; name one with make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
@@ -23,7 +24,7 @@ serve: .venv/installed
 
 test: .venv/installed
 	$(BIN)/foregate pull demo
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
