@@ -163,9 +163,10 @@ class AsyncEngine:
     ) -> list[int]:
         """Messages through the model's chat template; raises `InvalidRequest` if it has none or refuses them."""
         tokenizer = self._tokenizer()
+        template = tokenizer.chat_template(has_tools=tools is not None)
         given = {**(variables or {}), **tokenizer.special_tokens, "add_generation_prompt": add_generation_prompt}
         text = await self._templates.render(
-            tokenizer.chat_template(has_tools=tools is not None),
+            template,
             messages,
             {**given, "tools": tools},
             continue_final_message=continue_final_message,

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -116,5 +117,5 @@ def _answer_errors(app: FastAPI, metrics: ServerMetrics) -> None:
         return as_api_error(exc).response()
 
     engines = (InvalidRequest, EngineOverloaded, EngineDead, RecordingInProgress)
-    for kind in (ApiError, GenerationFailed, HTTPException, *engines):
+    for kind in (ApiError, GenerationFailed, HTTPException, RequestValidationError, *engines):
         app.add_exception_handler(kind, answer)

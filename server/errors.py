@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 import msgspec
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -92,6 +93,10 @@ def as_api_error(exc: BaseException) -> ApiError:
         return Unavailable(without_paths(str(exc)) or "the engine is not running", code="engine_unavailable")
     if isinstance(exc, GenerationFailed):
         return ApiError(500, without_paths(str(exc)), kind="server_error", code="generation_failed")
+    if isinstance(exc, RequestValidationError):  # of what is in the path or the query
+        first = exc.errors()[0]
+        name = str(first["loc"][-1])
+        return BadRequest(f"{name}: {first['msg']}", param=name)
     if isinstance(exc, HTTPException):
         return _from_http(exc)
     return ApiError(500, "internal server error", kind="server_error", code="internal_error")

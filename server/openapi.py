@@ -82,8 +82,9 @@ def describe(
 
 def _complete(path: str, operation: dict[str, Any], *, needs_key: bool) -> None:
     responses = operation["responses"]
-    responses.pop("422", None)  # FastAPI's own, never sent
     errors = _ERRORS | (_BODY_ERRORS if "requestBody" in operation else {})
+    if responses.pop("422", None):  # FastAPI's own, which we send as 400
+        errors |= {"400": _BODY_ERRORS["400"]}
     if needs_key:
         operation["security"] = [{"key": []}]
         errors |= {"401": "the API key is wrong or missing"}
