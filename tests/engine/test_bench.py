@@ -75,7 +75,8 @@ def test_the_offload_bench_compares_predictors_with_an_oracle_on_the_same_bits(m
     ]
     for r in results:
         assert r.same_bits
-        assert 0 < r.hit_rate < 1
+        assert 0 < r.hit_rate <= 1
+        assert r.hit_rate < 1 or r.predictor == "oracle"  # which may find all in time
         assert r.read_mb_per_token > 0
     for same_link in (results[:3], results[3:]):
         off, _, oracle = same_link
