@@ -102,6 +102,7 @@ def test_the_bench_measures_a_running_server(server: Server):
     assert all(r["output_tokens_per_s"] > 0 for r in results)
 
 
+@pytest.mark.timeout(900)
 def test_eight_bits_cost_half_a_percent_of_perplexity_and_four_bits_five():
     def perplexity(dtype: str, experts: str) -> float:
         options = ["--dtype", dtype, "--experts", experts, "--max-windows", "48", "--json"]
