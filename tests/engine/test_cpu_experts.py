@@ -33,7 +33,7 @@ def test_what_the_cpu_computes_beside_a_slow_link_has_the_same_bits(checkpoint, 
     assert results(engine) == expected("olmoe")
     stats = engine.stats().expert_cache
     assert stats.sources["cpu_compute"] > 0
-    assert stats.sources["top"] > 0  # the device computed others
+    assert stats.sources["top"] + stats.sources["prefetch"] > 0  # the device computed others, asked for or foretold
     engine._experts.tier.check_integrity()
 
 
