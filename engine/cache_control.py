@@ -7,7 +7,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
+from engine.block_manager import BlockManager
 from engine.errors import EngineDead, InvalidRequest
 from engine.messages import CacheAction, CacheControlled, ControlCache
 
@@ -56,7 +58,22 @@ def control_cache(engine: Engine, asked: ControlCache) -> CacheControlled:
         return CacheControlled(asked.ask_id, error=str(problem))
 
 
-def expert_keys_of(experts: Sequence[tuple[int, int]] | None, known: Sequence[ExpertKey]) -> list[ExpertKey]:
+def control(
+    action: CacheAction, experts: Sequence[tuple[int, int]] | None, blocks: BlockManager, cache: ExpertCache | None
+) -> int:
+    """How many experts it was done to; see `AsyncEngine.control_cache`. Raises `ValueError`."""
+    if action == "reset":
+        blocks.reset_prefix_cache()
+        return 0 if cache is None else cache.reset()
+    if cache is None:
+        raise ValueError("this model has no experts")
+    keys = _expert_keys(experts, cache.keys)
+    if action == "pin":
+        cache.keep(keys)
+    return cache.warm(keys)
+
+
+def _expert_keys(experts: Sequence[tuple[int, int]] | None, known: Sequence[ExpertKey]) -> list[ExpertKey]:
     """None: all there are. Raises `ValueError` for one that there is not."""
     if experts is None:
         return list(known)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,13 +12,16 @@ from cache.device.device import DeviceOutOfMemory
 from engine.batch import Batch
 from engine.expert_group import ExpertGroup
 from engine.kv_cache import KVCache
+from engine.layers.moe import ExpertFailure
 from engine.models.decoder import Decoder
 from engine.prompt_scores import score_prompts
 from engine.scheduler import SchedulerOutput
 
+_log = logging.getLogger(__name__)
+
 
 class ModelRunner:
-    """`run` is the only call per step; `follow`, where another process leads."""
+    """`run` is the only call per step; `follow` is all, where another process leads."""
 
     def __init__(self, model: Decoder, kv_cache: KVCache, group: ExpertGroup | None = None) -> None:
         """`group`: is told of each step first."""
@@ -28,7 +34,7 @@ class ModelRunner:
 
         Scores the prompt tokens of the requests that want it.
 
-        Raises `engine.layers.moe.ExpertFailure` if an expert cannot be read, `DeviceOutOfMemory` if a device has no
+        Raises `ExpertFailure` if an expert cannot be read, `DeviceOutOfMemory` if a device has no
         room for so many tokens; the step may then be run again.
         """
         try:
@@ -41,6 +47,31 @@ class ModelRunner:
         except torch.OutOfMemoryError as error:
             raise DeviceOutOfMemory(str(error)) from error
 
-    def follow(self, batch: Batch) -> None:
-        """Compute what the leader computes, but for the logits. Raises as `run`."""
-        self.model.residual(batch, self._kv_cache)
+    def run_what_fits(self, output: SchedulerOutput) -> tuple[SchedulerOutput, Tensor]:
+        """-> what was computed of it, and logits. What a device has no room for is tried again with half the tokens.
+
+        Raises as `run`, of a single token too.
+        """
+        while True:
+            try:
+                return output, self.run(output)
+            except DeviceOutOfMemory as error:
+                if output.total_num_tokens == 1:
+                    raise
+                _log.warning("a step of %d tokens is halved: %s", output.total_num_tokens, error)
+                output = output.halved()
+
+    def follow(self, ended: Callable[[int], object]) -> None:
+        """Compute what the leader computes, but for the logits, until there are no more steps.
+
+        `ended` is told the number of each request of which nothing more will come. Raises `RuntimeError` when the
+        leader is gone.
+        """
+        assert self._group is not None
+        while (step := self._group.receive()) is not None:
+            for number in step.ended:
+                ended(number)
+            try:
+                self.model.residual(step.batch(), self._kv_cache)
+            except ExpertFailure as failure:
+                _log.error("%s", failure)

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import torch
+from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.convert import Progress
 from engine.engine import Engine
 from engine.errors import ConfigError
+from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 
 
@@ -71,9 +74,28 @@ def measure_perplexity(
     total, num_tokens = 0.0, 0
     for i in range(chosen):
         start = i * num_windows // chosen * window
-        log_likelihoods = engine.score(token_ids[start : start + window])
+        log_likelihoods = score(engine, token_ids[start : start + window])
         total += float(log_likelihoods.double().sum())
         num_tokens += len(log_likelihoods)
         if progress is not None:
             progress("scoring", i + 1, chosen)
     return PerplexityResult(perplexity=math.exp(-total / num_tokens), num_tokens=num_tokens, num_windows=chosen)
+
+
+def score(engine: Engine, token_ids: list[int]) -> Tensor:
+    """Natural-log likelihood of each token but the first, float32 [T - 1]; no prefix is taken from the cache.
+
+    The engine must be idle. Raises `InvalidRequest` for token ids that cannot be a prompt.
+    """
+    if engine.has_work:
+        raise RuntimeError("only an idle engine can score")
+    engine.add_request("score", token_ids, SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=0))
+    logprobs: list[float] = []
+    error: str | None = None
+    while engine.has_work:
+        for output in engine.step():
+            logprobs += [position.chosen.logprob for position in output.prompt_logprobs or ()]
+            error = error or output.error
+    if error is not None:
+        raise RuntimeError(error)
+    return torch.tensor(logprobs[1:])

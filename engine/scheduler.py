@@ -21,6 +21,15 @@ class SchedulerOutput:
     def total_num_tokens(self) -> int:
         return sum(self.num_tokens.values())
 
+    def requests_of(self, rows: Sequence[int]) -> list[Request]:
+        """Those whose tokens these rows of the batch are."""
+        requests, first_row = [], 0
+        for request, num_tokens in self.num_tokens.items():
+            if any(first_row <= row < first_row + num_tokens for row in rows):
+                requests.append(request)
+            first_row += num_tokens
+        return requests
+
     def halved(self) -> SchedulerOutput:
         """The first half of its tokens: a step that can be computed in its place."""
         left = self.total_num_tokens // 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.errors import ConfigError, InvalidRequest
-from engine.perplexity import measure_perplexity, read_text
+from engine.perplexity import measure_perplexity, read_text, score
 from tests.engine.conftest import greedy
 from tests.engine.test_models import random_prompt
 from tests.engine.tiny_models import reference_logits
@@ -21,7 +21,7 @@ def test_scores_are_the_log_likelihoods_of_transformers(checkpoint, make_engine,
     tokens = random_prompt(75)
     expected = reference_logits(model, tokens)[:-1].log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     for _ in range(2):  # the second time they are in the prefix cache, which must not be asked
-        torch.testing.assert_close(engine.score(tokens), expected, atol=1e-3, rtol=0)
+        torch.testing.assert_close(score(engine, tokens), expected, atol=1e-3, rtol=0)
         engine.check_integrity()
 
 
@@ -32,7 +32,7 @@ def test_perplexity_is_of_windows_spread_over_the_text(checkpoint, make_engine):
     window = len(tokens) // 5
     result = measure_perplexity(engine, text, window=window, max_windows=2)
     starts = (0, 5 * window // 2 // window * window)
-    scores = torch.cat([engine.score(tokens[start : start + window]) for start in starts])
+    scores = torch.cat([score(engine, tokens[start : start + window]) for start in starts])
     assert (result.num_windows, result.num_tokens) == (2, 2 * (window - 1))
     assert math.isclose(result.perplexity, math.exp(-float(scores.double().mean())))
     with pytest.raises(ConfigError, match=r"the text has \d+ tokens; at least"):
@@ -42,10 +42,10 @@ def test_perplexity_is_of_windows_spread_over_the_text(checkpoint, make_engine):
 def test_a_busy_engine_does_not_score_and_bad_tokens_are_refused(checkpoint, make_engine):
     engine = make_engine(checkpoint("olmoe")[0])
     with pytest.raises(InvalidRequest):
-        engine.score([10**6, 1])
+        score(engine, [10**6, 1])
     engine.add_request("a", random_prompt(5), greedy(3))
     with pytest.raises(RuntimeError, match="only an idle engine"):
-        engine.score([1, 2])
+        score(engine, [1, 2])
 
 
 def test_text_comes_from_files_or_from_python_itself(tmp_path):
