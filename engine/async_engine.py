@@ -152,6 +152,10 @@ class AsyncEngine:
         if self._state != "dead":
             self._state = "stopped"
 
+    def check_room(self) -> None:
+        """Raises `EngineOverloaded` if a request would be refused now, so that nobody prepares one for nothing."""
+        self._require_room(1)
+
     async def render_chat(
         self,
         messages: list[dict[str, Any]],

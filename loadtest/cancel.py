@@ -15,11 +15,12 @@ import httpx
 import msgspec
 import typer
 
+from loadtest.light_client import Exchange, LightClient
 from server.remote import server_url
 
 _HELD = ("num_requests_running", "num_requests_waiting", "kv_cache_blocks_used")
 _REST_S = 30.0
-_COUNTED_S = 5.0  # for those that the server had not begun to read
+_COUNTED_S = 5.0  # for the counter to be scraped with all of them
 
 
 class CancelResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,29 +48,28 @@ def main(
 
 
 async def cancel(url: str, num_requests: int, max_tokens: int, prompt_tokens: int, after_s: float) -> CancelResult:
-    limits = httpx.Limits(max_connections=num_requests + 8)
-    async with httpx.AsyncClient(base_url=url, timeout=60.0, limits=limits, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60.0, trust_env=False) as client:
         model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]
         room = model.get("max_model_len", max_tokens + prompt_tokens) - prompt_tokens
         body = {"max_tokens": min(max_tokens, room), "ignore_eos": True, "stream": True}
         counted = await _metric(client, r'foregate_requests_total\{.*code="499"')
 
-        async def ask(number: int) -> int:
-            prompt = [10 + (7 * number + i) % 200 for i in range(prompt_tokens)]
-            async with client.stream("POST", "/v1/completions", json={**body, "prompt": prompt}) as response:
-                async for _ in response.aiter_bytes():
-                    pass
-                return response.status_code
+        light = LightClient(url)
 
-        tasks = [asyncio.ensure_future(ask(number)) for number in range(num_requests)]
+        async def send(number: int) -> Exchange:
+            prompt = [10 + (7 * number + i) % 200 for i in range(prompt_tokens)]
+            return await light.exchange(light.request("/v1/completions", {**body, "prompt": prompt}))
+
+        sent = await asyncio.gather(*map(send, range(num_requests)))
+        answers = [asyncio.ensure_future(one.status()) for one in sent]
         await asyncio.sleep(after_s)
-        refused = sum(task.done() and task.result() == 503 for task in tasks)
-        num_cancelled = sum(not task.done() for task in tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        refused = sum(answer.done() and answer.result() == 503 for answer in answers)
+        num_cancelled = num_requests - refused
         hung_up = time.monotonic()
-        answer, at_rest_s = await asyncio.gather(_next_answer(client, hung_up), _rest(client, hung_up))
+        for answer in answers:
+            answer.cancel()
+        await asyncio.gather(*(one.close() for one in sent), return_exceptions=True)
+        next_answer_s, at_rest_s = await asyncio.gather(_next_answer(client, hung_up), _rest(client, hung_up))
         before, counted = counted, 0.0
         while counted < num_cancelled and time.monotonic() - hung_up < _COUNTED_S:
             counted = await _metric(client, r'foregate_requests_total\{.*code="499"') - before
@@ -79,16 +79,21 @@ async def cancel(url: str, num_requests: int, max_tokens: int, prompt_tokens: in
         num_refused=refused,
         num_cancelled=num_cancelled,
         num_counted_499=int(counted),
-        next_answer_s=round(answer, 2),
+        next_answer_s=round(next_answer_s, 2),
         at_rest_s=round(at_rest_s, 2),
         integrity_error=error,
-        ok=answer <= 2.0 and at_rest_s <= 1.0 and counted == num_cancelled and error is None,
+        ok=next_answer_s <= 2.0 and at_rest_s <= 1.0 and counted == num_cancelled and error is None,
     )
 
 
 async def _next_answer(client: httpx.AsyncClient, since: float) -> float:
-    (await client.post("/v1/completions", json={"prompt": [11, 12, 13], "max_tokens": 1})).raise_for_status()
-    return time.monotonic() - since
+    """A server that has not seen all of them hang up yet may still refuse one."""
+    while True:
+        answer = await client.post("/v1/completions", json={"prompt": [11, 12, 13], "max_tokens": 1})
+        if answer.status_code != 503:
+            answer.raise_for_status()
+            return time.monotonic() - since
+        await asyncio.sleep(0.02)
 
 
 async def _rest(client: httpx.AsyncClient, since: float) -> float:

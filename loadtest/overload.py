@@ -1,27 +1,33 @@
 """What does ten times the load do? `python -m loadtest.overload --url ...`
 
-First measures what a server can do with as many users as it runs at once, then sends ten times as many requests as it
-takes, for as long: those it takes must be served as fast, the others refused at once, and memory must stay as it is.
+First measures what a server can do with as many users as it runs at once, each asking again when it has its answer.
+Then sends ten times as many requests a second as that, whether others have been answered or not: those it takes must
+be served as fast, the others refused at once, and memory must stay as it is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import msgspec
 import typer
 
+from loadtest.light_client import LightClient
 from server.remote import server_url
+
+_REFUSED_S = 0.05
+_SHARE = 0.95
+_FILL_S = 5.0  # until the queue is full and the load is steady
 
 
 class OverloadResult(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int  # of the first part
     capacity_tokens_per_s: float
-    overload: int  # requests at once in the second part
+    offered_per_s: float  # requests a second of the second part
     num_served: int
     num_refused: int
     num_failed: int
@@ -34,90 +40,140 @@ class OverloadResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Tally:
+    """Of answers while `counting`."""
+
     def __init__(self) -> None:
-        self.tokens = 0
-        self.num_served = self.num_failed = 0
+        self.counting = False
+        self.num_tokens = self.num_served = self.num_failed = 0
         self.rejections: list[float] = []
+
+    async def ask(self, client: LightClient, request: bytes) -> None:
+        """Tokens are counted as they come: one for each of the stream's events that has text."""
+        try:
+            sent = await client.exchange(request)
+            status = await sent.status()
+            if status == 503:
+                waited = time.perf_counter() - sent.began
+                async for _ in sent.pieces():
+                    pass
+                if self.counting:
+                    self.rejections.append(waited)
+            else:
+                end = b""
+                async for piece in sent.pieces():
+                    self.num_tokens += piece.count(b'"text":"') * self.counting
+                    end = (end + piece)[-64:]
+                is_done = status == 200 and b"data: [DONE]" in end
+                self.num_served += is_done and self.counting
+                self.num_failed += not is_done
+            await sent.close()
+        except OSError:
+            self.num_failed += 1
 
 
 def main(
     url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    seconds: Annotated[float, typer.Option(help="Of each part.")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="Of each part, measured.")] = 20.0,
     concurrency: Annotated[int, typer.Option(help="What it runs at once.")] = 32,
-    times: Annotated[int, typer.Option(help="As many at once in the second part.")] = 10,
+    times: Annotated[float, typer.Option(help="Its capacity, in the second part.")] = 10.0,
     output_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 32,
     pid: Annotated[int | None, typer.Option(help="The server's, for its memory.")] = None,
 ) -> None:
     """Prints one JSON line; exit code 1 where it does not hold."""
-    result = asyncio.run(overload(server_url(url), seconds, concurrency, times, output_tokens, pid))
+    result = asyncio.run(overload(LightClient(server_url(url)), seconds, concurrency, times, output_tokens, pid))
     typer.echo(msgspec.json.encode(result).decode())
     raise typer.Exit(0 if result.ok else 1)
 
 
 async def overload(
-    url: str, seconds: float, concurrency: int, times: int, output_tokens: int, pid: int | None
+    client: LightClient, seconds: float, concurrency: int, times: float, output_tokens: int, pid: int | None
 ) -> OverloadResult:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=300.0, limits=limits, trust_env=False) as client:
-        await _users(client, concurrency, min(5.0, seconds), output_tokens)  # warm
-        before = [] if pid is None else [_rss_mb(pid)]
-        normal = await _users(client, concurrency, seconds, output_tokens)
-        heavy = await _users(client, concurrency * times, seconds, output_tokens)
-        after = [] if pid is None else [_rss_mb(pid)]
-    capacity, goodput = normal.tokens / seconds, heavy.tokens / seconds
+    normal = await _closed(client, concurrency, seconds, output_tokens)
+    before = [] if pid is None else [_rss_mb(pid)]
+    capacity = normal.num_tokens / seconds
+    offered = times * capacity / output_tokens
+    heavy = await _open(client, offered, seconds, output_tokens)
+    after = [] if pid is None else [_rss_mb(pid)]
+    goodput = heavy.num_tokens / seconds
     waits = sorted(heavy.rejections) or [0.0]
     p99 = waits[int(0.99 * (len(waits) - 1))]
     return OverloadResult(
         concurrency=concurrency,
         capacity_tokens_per_s=round(capacity, 1),
-        overload=concurrency * times,
+        offered_per_s=round(offered, 1),
         num_served=heavy.num_served,
         num_refused=len(heavy.rejections),
-        num_failed=heavy.num_failed,
+        num_failed=normal.num_failed + heavy.num_failed,
         goodput_tokens_per_s=round(goodput, 1),
         goodput_share=round(goodput / capacity, 3) if capacity else 0.0,
         rejection_p50_ms=round(1e3 * waits[len(waits) // 2], 1),
         rejection_p99_ms=round(1e3 * p99, 1),
         rss_mb=[*before, *after],
-        ok=p99 <= 0.05 and goodput >= 0.95 * capacity and heavy.num_failed == 0,
+        ok=p99 <= _REFUSED_S and goodput >= _SHARE * capacity and normal.num_failed + heavy.num_failed == 0,
     )
 
 
-async def _users(client: httpx.AsyncClient, num_users: int, seconds: float, output_tokens: int) -> _Tally:
-    """Each asks again when it has its answer, or a second after it was refused. Tokens are counted as they come."""
+def _request(client: LightClient, number: int, output_tokens: int) -> bytes:
+    prompt = f"Tell me story number {number}."
+    body = {"prompt": prompt, "max_tokens": output_tokens, "ignore_eos": True, "stream": True}
+    return client.request("/v1/completions", body)
+
+
+async def _closed(client: LightClient, num_users: int, seconds: float, output_tokens: int) -> _Tally:
+    """Each user asks again when it has its answer."""
     tally = _Tally()
 
     async def user(number: int) -> None:
         await asyncio.sleep(number / num_users)  # not all at one instant
         while True:
-            messages = [{"role": "user", "content": f"Tell me story number {number}."}]
-            body = {"messages": messages, "max_tokens": output_tokens, "ignore_eos": True, "stream": True}
-            began = time.perf_counter()
-            async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                if response.status_code == 503:
-                    tally.rejections.append(time.perf_counter() - began)
-                else:
-                    last = ""
-                    async for line in response.aiter_lines():
-                        tally.tokens += '"content":"' in line
-                        last = line or last
-                    is_done = last == "data: [DONE]" and response.status_code == 200
-                    tally.num_served += is_done
-                    tally.num_failed += not is_done
-                    continue
-            await asyncio.sleep(1.0)
+            await tally.ask(client, _request(client, number, output_tokens))
 
     tasks = [asyncio.ensure_future(user(number)) for number in range(num_users)]
+    await _count(tally, seconds)
+    await _end(tasks)
+    return tally
+
+
+async def _open(client: LightClient, per_second: float, seconds: float, output_tokens: int) -> _Tally:
+    """Requests come when they are due, by a Poisson process."""
+    tally = _Tally()
+    rng = random.Random(0)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def arrive() -> None:
+        due = time.perf_counter()
+        number = 0
+        while True:
+            due += rng.expovariate(per_second)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            number += 1
+            task = asyncio.ensure_future(tally.ask(client, _request(client, number, output_tokens)))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+    arriving = asyncio.ensure_future(arrive())
+    await _count(tally, seconds)
+    arriving.cancel()
+    await _end([arriving, *tasks])
+    return tally
+
+
+async def _count(tally: _Tally, seconds: float) -> None:
+    await asyncio.sleep(_FILL_S)
+    tally.counting = True
     await asyncio.sleep(seconds)
+    tally.counting = False
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await asyncio.sleep(1.0)
-    return tally
 
 
 def _rss_mb(pid: int) -> float:
-    """Of a process and its children."""
+    """Of a process and its children; what they share is counted once for each."""
     family = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family)
     return round(pages * 4096 / 1e6, 1)

@@ -85,6 +85,11 @@ class AppContext:
         if state == "dead":
             raise EngineDead("the engine has stopped working")
 
+    def require_room(self) -> None:
+        """Raises what `require_engine` does, and `EngineOverloaded` while the queue is full, before a body is read."""
+        self.require_engine()
+        self.engine.check_room()
+
     def served_name(self, requested: str | None) -> str:
         """The model name to answer with; raises 404 `model_not_found`."""
         if requested is None:

@@ -16,6 +16,8 @@ class Engine(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
+    def check_room(self) -> None: ...
+
     async def render_chat(
         self,
         messages: list[dict[str, Any]],

@@ -40,7 +40,7 @@ def chat_router(ctx: AppContext) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=_DESCRIBED, response_model=None)
     @router.post("/chat/completions", include_in_schema=False, response_model=None)
     async def create_chat_completion(request: Request) -> Response:
-        ctx.require_engine()
+        ctx.require_room()
         body = await read_body(request, ChatRequest, ctx)
         head = new_head(ctx, "chatcmpl", ctx.served_name(body.model))
         include_usage = body.include_usage

@@ -32,7 +32,7 @@ def completions_router(ctx: AppContext) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=_DESCRIBED, response_model=None)
     @router.post("/completions", include_in_schema=False, response_model=None)
     async def create_completion(request: Request) -> Response:
-        ctx.require_engine()
+        ctx.require_room()
         body = await read_body(request, CompletionRequest, ctx)
         head = new_head(ctx, "cmpl", ctx.served_name(body.model))
         include_usage = body.include_usage

@@ -11,7 +11,7 @@ from typing import Any
 
 from cache.expert_table import ExpertTable
 from engine.admission import check_request
-from engine.errors import InvalidRequest, RecordingInProgress
+from engine.errors import EngineOverloaded, InvalidRequest, RecordingInProgress
 from engine.messages import (
     EngineState,
     EngineStats,
@@ -80,6 +80,7 @@ class FakeEngine:
         self.controlled: list[tuple[str, Sequence[tuple[int, int]] | None]] = []
         self.aborted: list[str] = []
         self.start_error: Exception | None = None
+        self.full: EngineOverloaded | None = None
         self.start_s = 0.0
         self.stopped_with: float | None = None
         self.recorded = TraceRecorded(trace_id="t", npz=b"PK", num_tokens=7, num_requests=2)
@@ -106,6 +107,10 @@ class FakeEngine:
         while self.num_open and asyncio.get_running_loop().time() < deadline_s:
             await asyncio.sleep(0.01)
         self.state = "stopped"
+
+    def check_room(self) -> None:
+        if self.full is not None:
+            raise self.full
 
     async def render_chat(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **rendering: Any
