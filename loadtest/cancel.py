@@ -68,7 +68,8 @@ async def cancel(url: str, num_requests: int, max_tokens: int, prompt_tokens: in
         hung_up = time.monotonic()
         for answer in answers:
             answer.cancel()
-        await asyncio.gather(*(one.close() for one in sent), return_exceptions=True)
+        for one in sent:
+            one.close()
         next_answer_s, at_rest_s = await asyncio.gather(_next_answer(client, hung_up), _rest(client, hung_up))
         before, counted = counted, 0.0
         while counted < num_cancelled and time.monotonic() - hung_up < _COUNTED_S:

@@ -7,7 +7,6 @@ the server, and what it measured would be its own queue.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -59,8 +58,6 @@ class Exchange:
         while piece := await self._reader.read(65536):
             yield piece
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Hang up."""
         self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()

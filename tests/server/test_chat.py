@@ -222,6 +222,20 @@ async def test_a_refusal_by_the_engine_is_a_plain_http_error(
     assert engine.num_open == 0
 
 
+@pytest.mark.parametrize("path", [URL, "/v1/completions"])
+async def test_a_full_queue_refuses_before_it_looks_at_a_body(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str
+) -> None:
+    engine.full = EngineOverloaded("the queue is full")
+    response = await client.post(path, content=b"{ not json")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "overloaded"
+    assert "retry-after" in response.headers
+    assert 'reason="queue_full"' in (await client.get("/metrics")).text
+    tokenized = await client.post("/tokenize", json={"prompt": "a"})  # needs no place in the queue
+    assert tokenized.status_code == 200
+
+
 async def test_a_prompt_longer_than_the_context_says_the_limit(client: httpx.AsyncClient) -> None:
     response = await client.post(URL, json=body(messages=[{"role": "user", "content": "x" * 100}]))
     assert response.status_code == 400
