@@ -23,6 +23,7 @@ from server import (
     cli_serve,
     cli_simulate,
     cli_trace,
+    cli_tune,
 )
 from server.cli_options import (
     KV_MEMORY,
@@ -60,6 +61,7 @@ cli_simulate.register(app, cli_bench_experts.app)
 app.command()(cli_analyze.analyze)
 app.command()(cli_plan.plan)
 app.command()(cli_doctor.doctor)
+app.command()(cli_tune.tune)
 cli_trace.app.command()(cli_schedule.schedule)
 cli_trace.app.command()(cli_placement.placement)
 

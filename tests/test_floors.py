@@ -32,6 +32,7 @@ SERVER_MAY_SEE = {
     "engine.perplexity",
     "engine.plan",
     "engine.train_predictor",
+    "engine.tune",
     "engine.refactor.command",
     "engine.sampling_params",
     "engine.schedule_replay",
