@@ -79,7 +79,7 @@ def create_app(
         title="Foregate",
         version=VERSION,
         description=_DESCRIPTION,
-        docs_url=None,  # server.routes.docs is ours
+        docs_url=None,  # server.routes.pages has ours
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lambda _: _alongside(metrics.watch_event_loop, history.run),

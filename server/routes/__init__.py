@@ -11,7 +11,6 @@ from server.routes.admin import admin_router
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.dashboard import dashboard_router
-from server.routes.docs import docs_router
 from server.routes.experts import experts_router
 from server.routes.health import health_router
 from server.routes.metrics import metrics_router
@@ -32,5 +31,4 @@ ROUTERS: dict[str, Callable[[AppContext], APIRouter]] = {
     "metrics": metrics_router,
     "admin": admin_router,
     "operate": operate_router,
-    "docs": docs_router,
 }

@@ -1,4 +1,7 @@
-"""GET / and /dashboard: two pages from our own files, which have no secrets in them. What they show needs the key."""
+"""GET /, /dashboard and /docs: pages of our own files, which have no secrets in them. What they show needs the key.
+
+/docs is Swagger UI on /openapi.json, vendored: nothing is fetched elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from server.errors import ApiError
 
 _STATIC = Path(__file__).parents[1] / "static"
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_PAGES = {"/": "chat.html", "/dashboard": "dashboard.html"}
+_PAGES = {"/": "chat.html", "/dashboard": "dashboard.html", "/docs": "docs.html"}
 _ASSETS = (
     "page.css",
     "live.css",
@@ -30,13 +33,19 @@ _ASSETS = (
     "heatmap.js",
     "dashboard.css",
     "dashboard.js",
+    "swagger-ui.css",
+    "swagger-ui-bundle.js",
+    "docs.css",
+    "docs.js",
 )
 PAGE_PATHS: Final = frozenset([*_PAGES, *(f"/static/{name}" for name in _ASSETS)])
 """What needs no key."""
 
+_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+# Swagger UI styles its elements one by one, and has its pictures in its style sheet
+_POLICIES = {"docs.html": f"{_POLICY}; style-src 'self' 'unsafe-inline'; img-src 'self' data:"}
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "object-src 'none'",
+    "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -69,6 +78,8 @@ def _page(name: str) -> Callable[[Request], Response]:
 def _answer(name: str, request: Request) -> Response:
     plain, packed, tag = _file(name)
     headers = {**_HEADERS, "ETag": tag}
+    if name in _POLICIES:
+        headers["Content-Security-Policy"] = _POLICIES[name]
     if tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     if "gzip" in request.headers.get("accept-encoding", ""):

@@ -29,6 +29,9 @@ export const remember = (name, value) => {
 
 let key = remembered(STORED_AS);
 
+/* Null: none has been needed. */
+export const keyInUse = () => key;
+
 export function make(name, { text, className, ...attributes } = {}, ...children) {
   const made = document.createElement(name);
   if (text !== undefined) made.textContent = text;
