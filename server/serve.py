@@ -26,6 +26,7 @@ _log = logging.getLogger("foregate.server")
 
 _CANCEL_S = 1.0  # for a process that loads to be gone
 _UNREAD_S = 0.3  # beyond the timeout, for answers to be read
+_ASKED_ALL_THE_TIME = frozenset({"/live", "/ready", "/health", "/metrics", "/dashboard/data", "/v1/experts/stats"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,16 +124,18 @@ async def _drain(
     await asyncio.wait({serving})
 
 
-class _NotEverySecond(logging.Filter):
-    """Keeps what an open dashboard asks for, all the time, out of the log of requests."""
+class _AskedAllTheTime(logging.Filter):
+    """What probes, scrapers and an open dashboard ask for, every few seconds, is for DEBUG as long as all is well."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         args = record.args if isinstance(record.args, tuple) and len(record.args) == 5 else (None,) * 5
-        return not (args[4] == 200 and str(args[2]).startswith(("/dashboard/data", "/v1/experts/stats")))
+        if args[4] == 200 and str(args[2]).partition("?")[0] in _ASKED_ALL_THE_TIME:
+            record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        return logging.getLogger(record.name).isEnabledFor(record.levelno)
 
 
 def _config(app: ASGIApp) -> uvicorn.Config:
-    logging.getLogger("uvicorn.access").filters[:] = [_NotEverySecond()]
+    logging.getLogger("uvicorn.access").filters[:] = [_AskedAllTheTime()]
     return uvicorn.Config(
         app,
         lifespan="on",

@@ -185,18 +185,24 @@ def test_a_signal_ends_run_and_the_handlers_are_put_back(engine: FakeEngine) -> 
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-async def test_what_a_dashboard_asks_for_every_second_is_not_logged_unless_it_fails(
-    engine: FakeEngine, caplog: pytest.LogCaptureFixture
+ALL_THE_TIME = ["/live", "/ready", "/health", "/metrics", "/dashboard/data?after=3", "/v1/experts/stats"]
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+async def test_what_is_asked_for_every_few_seconds_is_logged_for_debug_alone_unless_it_fails(
+    engine: FakeEngine, caplog: pytest.LogCaptureFixture, level: int
 ) -> None:
-    caplog.set_level(logging.INFO, "uvicorn.access")
+    caplog.set_level(level, "uvicorn.access")
     async with running(engine) as (server, client):
         await server.until(client, "/health", 200)
-        await client.get("/dashboard/data?after=3")
-        await client.get("/v1/experts/stats")
+        for path in ALL_THE_TIME:
+            assert (await client.get(path)).status_code == 200
         await client.get("/v1/models")
         engine.state = "loading"
         await client.get("/v1/experts/stats")
-    told = [record.getMessage() for record in caplog.records if record.name == "uvicorn.access"]
-    assert not any("/dashboard/data" in line for line in told)
+    records = [record for record in caplog.records if record.name == "uvicorn.access"]
+    at_debug = {record.getMessage().split()[3] for record in records if record.levelno == logging.DEBUG}
+    assert at_debug == (set(ALL_THE_TIME) if level == logging.DEBUG else set())
+    told = [record.getMessage() for record in records if record.levelno == logging.INFO]
     assert any("/v1/models" in line for line in told)
     assert [line for line in told if "/v1/experts/stats" in line] == [line for line in told if line.endswith(" 503")]
