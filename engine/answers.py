@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.constraints import spoiled_by
+from engine.errors import InvalidRequest
 from engine.messages import FinishReason, PositionLogprobs, RequestOutput, TokenLogprob
 from engine.request import Request
 from engine.sampler import SampledToken
@@ -51,7 +52,7 @@ class Answers:
         """Its new scores of prompt tokens, and no token."""
         return self._tell(request)
 
-    def failed(self, request: Request, error: str) -> RequestOutput:
+    def failed(self, request: Request, error: str | InvalidRequest) -> RequestOutput:
         """Its end."""
         return self._tell(request, finish="error", error=error)
 
@@ -62,7 +63,7 @@ class Answers:
         tokens: list[SampledToken] | None = None,
         finish: FinishReason | None = None,
         stop_reason: int | str | None = None,
-        error: str | None = None,
+        error: str | InvalidRequest | None = None,
     ) -> RequestOutput:
         tokens = tokens or []
         if finish is not None:
@@ -80,7 +81,9 @@ class Answers:
             prompt_logprobs=[self._named(score) for score in scores] or None,
             finish_reason=finish,
             stop_reason=stop_reason,
-            error=error,
+            error=None if error is None else str(error),
+            error_param=error.param if isinstance(error, InvalidRequest) else None,
+            error_code=error.code if isinstance(error, InvalidRequest) else None,
         )
 
     def _named(self, logprobs: list[tuple[int, float]] | None) -> PositionLogprobs:

@@ -86,13 +86,13 @@ class Constraints:
             self._compiling = {key: other for key, other in self._compiling.items() if other is not future}
         return True
 
-    def compiled(self, wait_s: float) -> tuple[list[Request], list[tuple[Request, str]]]:
+    def compiled(self, wait_s: float) -> tuple[list[Request], list[tuple[Request, str | InvalidRequest]]]:
         """Those that can begin now, and those that cannot, with the reason. Waits so long for the first of them."""
         if not self._waiting:
             return [], []
         wait(self._waiting.values(), timeout=wait_s, return_when=FIRST_COMPLETED)
         begin: list[Request] = []
-        refused: list[tuple[Request, str]] = []
+        refused: list[tuple[Request, str | InvalidRequest]] = []
         for request, future in list(self._waiting.items()):
             if not future.done():
                 continue
@@ -108,12 +108,15 @@ class Constraints:
                 request.matcher = matcher.deep_copy()
                 begin.append(request)
             else:
-                if not isinstance(error, InvalidRequest):
+                why = f"{structure.param}: {error}"
+                if isinstance(error, InvalidRequest):
+                    refused.append((request, InvalidRequest(why, param=error.param or structure.param)))
+                else:
                     _log.error("a grammar could not be compiled", exc_info=error)
-                refused.append((request, f"{structure.param}: {error}"))
+                    refused.append((request, why))
         return begin, refused
 
-    def constrain(self, logits: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[Request, str]]:
+    def constrain(self, logits: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[Request, InvalidRequest]]:
         """float32 logits [n, V], one row a request -> logits with minus infinity for tokens that may not come next.
 
         `logits` is not changed. Also returns the requests whose grammar has become too complex, with the reason;
@@ -139,7 +142,7 @@ class Constraints:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _spoiled(self, requests: Sequence[Request]) -> dict[Request, str]:
+    def _spoiled(self, requests: Sequence[Request]) -> dict[Request, InvalidRequest]:
         # a matcher in error lets the end of the text through: whoever does not ask takes half of one for the whole
         spoiled = {}
         for request in requests:
@@ -162,13 +165,19 @@ class Constraints:
         return self._grammars.compile(structure)
 
 
-def spoiled_by(request: Request) -> str:
-    """Why the grammar of a request cannot be followed any further."""
+def spoiled_by(request: Request) -> InvalidRequest:
+    """Why the grammar of a request cannot be followed any further. It is never answered without one."""
     from engine.grammar import why
 
     assert request.params.structure is not None
     assert request.matcher is not None
-    return f"{request.params.structure.param}: too complex to be enforced any further: {why(request.matcher)}"
+    param = request.params.structure.param
+    return InvalidRequest(
+        f"{param}: too complex to be enforced beyond token {request.num_output_tokens} of the answer: "
+        f"{why(request.matcher)}; ask for something simpler",
+        param=param,
+        code="grammar_too_complex",
+    )
 
 
 def _nbytes(structure: Structure) -> int:

@@ -343,5 +343,5 @@ class Engine:
             raise error
         return outputs
 
-    def _fail(self, request: Request, error: str) -> RequestOutput:
+    def _fail(self, request: Request, error: str | InvalidRequest) -> RequestOutput:
         return self._told(self._answers.failed(request, error))

@@ -9,6 +9,7 @@ import msgspec
 from cache.expert_table import ExpertTable
 from cache.histogram import HistogramStats
 from cache.stats import CacheStats
+from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -120,7 +121,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """Engine to server: what is new of one request. Text and tokens are deltas; counts are totals so far.
 
     `text` never ends within a character or within what may become a stop string, so it can lag behind `token_ids`.
-    The last output of a request has a `finish_reason`; with "error", `error` says what happened.
+    The last output of a request has a `finish_reason`; with "error", `error` says what happened, and `error_param` and
+    `error_code` are those of an `InvalidRequest` where the request's own words are the cause.
     """
 
     request_id: str
@@ -134,6 +136,15 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop id or stop string that ended it
     error: str | None = None
+    error_param: str | None = None
+    error_code: str | None = None
+
+    @property
+    def refusal(self) -> InvalidRequest | None:
+        """The error, where it is the request's own."""
+        if self.error_param is None:
+            return None
+        return InvalidRequest(self.error or "", param=self.error_param, code=self.error_code)
 
 
 class AddedToken(msgspec.Struct, frozen=True):
@@ -221,8 +232,9 @@ ToEngine = AddRequest | AbortRequest | StartTrace | StopTrace | CheckIntegrity |
 FromEngine = Outputs | StatsTaken | TraceRecorded | IntegrityChecked | ExpertsTold | CacheControlled | Failed
 
 
-def failed_output(request_id: str, error: str) -> RequestOutput:
+def failed_output(request_id: str, error: str | InvalidRequest) -> RequestOutput:
     """The last output of a request of which nothing more can be told."""
+    param, code = (error.param, error.code) if isinstance(error, InvalidRequest) else (None, None)
     return RequestOutput(
         request_id=request_id,
         text="",
@@ -231,5 +243,7 @@ def failed_output(request_id: str, error: str) -> RequestOutput:
         num_cached_tokens=0,
         num_output_tokens=0,
         finish_reason="error",
-        error=error,
+        error=str(error),
+        error_param=param,
+        error_code=code,
     )

@@ -108,9 +108,13 @@ class EngineService:
         try:
             self._engine.add_request(message.request_id, message.prompt_token_ids, message.params)
         except Exception as error:
-            if not isinstance(error, InvalidRequest):
+            told: str | InvalidRequest
+            if isinstance(error, InvalidRequest):
+                told = error
+            else:
+                told = f"{type(error).__name__}: {error}"
                 _log.exception("request %s could not be taken", message.request_id)
-            self._send(Outputs([failed_output(message.request_id, f"{type(error).__name__}: {error}")]))
+            self._send(Outputs([failed_output(message.request_id, told)]))
 
     def _tell_stats(self) -> None:
         self._send(StatsTaken(self._engine.stats()))

@@ -124,7 +124,7 @@ async def _run(engine: Engine, job: Job, index: int) -> Outputs:
     try:
         async for output in outputs:
             if output.finish_reason == "error":
-                raise GenerationFailed(output.error or "generation failed")
+                raise output.refusal or GenerationFailed(output.error or "generation failed")
             if output.finish_reason == "abort":
                 raise GenerationFailed("the request was aborted by the server")
             yield index, output

@@ -58,7 +58,7 @@ class Script:
     refusal: Exception | None = None  # raised by the first __anext__
     failure: Exception | None = None  # raised after the tokens
     finish_reason: FinishReason = "stop"
-    error: str | None = None
+    error: str | InvalidRequest | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
 
@@ -159,6 +159,7 @@ class FakeEngine:
                 if token.delay_s:
                     await asyncio.sleep(token.delay_s)
                 finished = position == len(tokens) and script.failure is None
+                own = script.error if isinstance(script.error, InvalidRequest) else InvalidRequest("")
                 finish = script.finish_reason if len(tokens) == len(script.tokens) else "length"
                 yield RequestOutput(
                     request_id=request_id,
@@ -171,7 +172,9 @@ class FakeEngine:
                     prompt_logprobs=prompt_logprobs if position == 1 else None,
                     finish_reason=finish if finished else None,
                     stop_reason=script.stop_reason if finished else None,
-                    error=script.error if finished else None,
+                    error=str(script.error) if finished and script.error is not None else None,
+                    error_param=own.param if finished else None,
+                    error_code=own.code if finished else None,
                 )
             if script.failure is not None:
                 raise script.failure

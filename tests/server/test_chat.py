@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -270,6 +271,31 @@ async def test_a_failure_within_a_stream_is_an_event_and_then_done(
     assert chunks[1]["choices"][0]["delta"]["content"] == "Par"
     assert set(chunks[-1]["error"]) == {"message", "type", "param", "code"}
     assert engine.num_open == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_grammar_that_becomes_too_complex_is_the_requests_own_error(
+    client: httpx.AsyncClient, engine: FakeEngine, stream: bool, n: int
+) -> None:
+    error = InvalidRequest("regex: too complex", param="structured_outputs.regex", code="grammar_too_complex")
+    engine.script = Script(finish_reason="error", error=error)
+    asked = body(structured_outputs={"regex": "a+"}, stream=stream, n=n)
+    response = await client.post(URL, json=asked)
+    assert response.status_code == (200 if stream else 400)
+    told = events(response)[-1] if stream else response.json()
+    assert told["error"] == {
+        "message": "regex: too complex",
+        "type": "invalid_request_error",
+        "param": "structured_outputs.regex",
+        "code": "grammar_too_complex",
+    }
+    assert response.text.endswith("data: [DONE]\n\n") == stream
+    assert '"finish_reason":"stop"' not in response.text  # half an answer is never told as a whole one
+    metrics = (await client.get("/metrics")).text
+    counted = 'finish_reason="error"' if stream else 'code="400"'
+    assert re.search(rf"^foregate_requests_total\{{.*{counted}.*\}} 1\.0$", metrics, re.MULTILINE)
+    assert 'code="500"' not in metrics
 
 
 async def test_a_template_that_fails_names_the_messages(client: httpx.AsyncClient) -> None:
