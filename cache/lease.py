@@ -11,7 +11,7 @@ from cache.expert_store import ExpertReadError
 from cache.transfer_queue import Ticket
 
 if TYPE_CHECKING:
-    from cache.expert_cache import ExpertCache
+    from cache.residents import Residents
 
 Phase = Literal["prefill", "decode"]
 
@@ -51,12 +51,12 @@ class Lease:
     that is computed, so leases of several threads cannot deadlock.
     """
 
-    def __init__(self, cache: ExpertCache, keys: Sequence[ExpertKey], phase: Phase) -> None:
-        self._cache = cache
+    def __init__(self, residents: Residents, phase: Phase) -> None:
+        self._residents = residents
         self._phase = phase
         self._held: list[Entry] = []  # pinned by this lease
         self._awaited: list[Entry] = []  # pinned by this lease, not handed out yet
-        self._waiting = list(keys)  # no slot yet
+        self._waiting: list[ExpertKey] = []  # no slot yet
         self._found: list[tuple[ExpertKey, int]] = []  # ready from the start, not handed out yet
         self._released = False
 
@@ -70,13 +70,22 @@ class Lease:
             found, self._found = self._found, []
             yield found
         while self._awaited or self._waiting:
-            yield self._cache._next_batch(self)
+            yield self._next_batch()
 
     def release(self) -> None:
         """End the lease; calling it again does nothing."""
-        if not self._released:
-            self._released = True
-            self._cache._release(self)
+        if self._released:
+            return
+        self._released = True
+        residents = self._residents
+        with residents.changed:
+            residents.pool.handed_back(entry.slot for entry in self._held)
+            for entry in self._held:
+                entry.pins -= 1
+            self._held.clear()
+            self._awaited.clear()
+            self._waiting.clear()
+            residents.changed.notify_all()
 
     def __enter__(self) -> Lease:
         return self
@@ -85,3 +94,98 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+    def pin_found(self, keys: Sequence[ExpertKey], now: float) -> int:
+        """To begin with: what is here, so that no miss evicts it. -> how many are ready. Under the cache's lock."""
+        residents = self._residents
+        entries, policy = residents.entries, residents.policy
+        for key in keys:
+            entry = entries.get(key)
+            if entry is None:
+                self._waiting.append(key)
+                residents.counts.missed(key)
+                continue
+            if entry.distance is not None:
+                residents.asked_for(entry)
+            entry.used_at = now
+            policy.touch(key)
+            if entry.ready:
+                entry.hits += 1
+                entry.pins += 1
+                self._held.append(entry)
+                self._found.append((key, entry.slot))
+            else:
+                residents.books.phases[self._phase].joined += 1
+                residents.counts.missed(key)
+                self._join(entry)
+        residents.pool.handed_out(slot for _, slot in self._found)
+        return len(self._found)
+
+    def fetch(self) -> None:
+        """Then: what is not here, as far as there are slots for it. Under the cache's lock."""
+        if self._waiting:
+            self._load_waiting()
+            self._residents.transfer.send()
+            self._residents.books.num_waves += bool(self._waiting)
+
+    def _load_waiting(self) -> None:
+        residents = self._residents
+        for i, key in enumerate(self._waiting):
+            entry = residents.entries.get(key)  # another lease may have asked for it since
+            if entry is None:
+                taken = residents.take_on_demand()
+                if taken is None:
+                    del self._waiting[:i]
+                    return
+                self._pin(residents.load(key, taken, phase=self._phase))
+            else:
+                if entry.distance is not None:
+                    residents.asked_for(entry)
+                residents.policy.touch(key)
+                self._join(entry)
+        self._waiting.clear()
+
+    def _join(self, entry: Entry) -> None:
+        """Wait for a read that is under way, and may have begun before."""
+        assert entry.ticket is not None
+        entry.is_joined |= not entry.ready and not entry.ticket.is_queued
+        self._pin(entry)
+
+    def _pin(self, entry: Entry) -> None:
+        entry.pins += 1
+        self._held.append(entry)
+        self._awaited.append(entry)
+
+    def _next_batch(self) -> list[tuple[ExpertKey, int]]:
+        residents = self._residents
+        stalled_from: float | None = None
+        with residents.changed:
+            while True:
+                if self._waiting:  # what was handed out is computed by now: its slots serve the next wave
+                    self._unpin_computed()
+                    self._load_waiting()
+                    residents.transfer.send()
+                for entry in self._awaited:
+                    if entry.error is not None:
+                        raise ExpertReadError(entry.key, entry.error.why) from entry.error
+                ready = [entry for entry in self._awaited if entry.ready]
+                if ready:
+                    self._awaited = [entry for entry in self._awaited if not entry.ready]
+                    break
+                if stalled_from is None:
+                    stalled_from = residents.clock()
+                residents.changed.wait()
+            if stalled_from is not None:
+                residents.books.phases[self._phase].stall_s += residents.clock() - stalled_from
+            residents.pool.handed_out(entry.slot for entry in ready)
+        return [(entry.key, entry.slot) for entry in ready]
+
+    def _unpin_computed(self) -> None:
+        awaited = {id(entry) for entry in self._awaited}
+        computed = [entry for entry in self._held if id(entry) not in awaited]
+        for entry in computed:
+            entry.pins -= 1
+        if computed:
+            self._residents.pool.handed_back(entry.slot for entry in computed)
+            self._held = list(self._awaited)
+            self._residents.changed.notify_all()

@@ -168,8 +168,9 @@ def test_a_record_in_pinned_memory_goes_up_by_one_copy_and_is_not_read_again(ope
 def test_what_is_waited_for_goes_up_before_what_is_foretold(open_on):
     one = open_on(20, Adversary(bandwidth=RECORD_NBYTES / 0.004))
     order: list[ExpertKey] = []
-    arrived = one.cache._arrived
-    one.cache._arrived = lambda entry, error: (order.append(entry.key), arrived(entry, error))  # type: ignore
+    residents = one.cache._residents
+    arrived = residents.arrived
+    residents.arrived = lambda entry, error: (order.append(entry.key), arrived(entry, error))  # type: ignore
     one.cache.prefetch([(key, 0.5) for key in KEYS[8:24:2]], distance=2)
     one.compute(KEYS[0])
     # of what is foretold only what had begun is before it: no more are under way than the queue lets
