@@ -1,57 +1,21 @@
-"""What an operator may do to the caches of the running engine. What goes to it and comes back are messages."""
+"""What an operator may do to the caches of the running engine. What it is told and answers are messages."""
 
 from __future__ import annotations
 
-import asyncio
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from engine.block_manager import BlockManager
-from engine.errors import EngineDead, InvalidRequest
 from engine.messages import CacheAction, CacheControlled, ControlCache
 
 if TYPE_CHECKING:
     from engine.engine import Engine
 
 
-class CacheControls:
-    """The asking side. All calls from one event loop."""
-
-    def __init__(self, send: Callable[[ControlCache], None]) -> None:
-        self._send = send
-        self._answers: dict[str, asyncio.Future[CacheControlled]] = {}
-
-    async def ask(self, action: CacheAction, experts: Sequence[tuple[int, int]] | None = None) -> int:
-        """How many experts it was done to. Raises `InvalidRequest` for experts that cannot be, and `EngineDead`."""
-        asked = ControlCache(uuid.uuid4().hex, action, None if experts is None else list(experts))
-        self._answers[asked.ask_id] = asyncio.get_running_loop().create_future()
-        self._send(asked)
-        try:
-            answer = await self._answers[asked.ask_id]
-        finally:
-            del self._answers[asked.ask_id]
-        if answer.error is not None:
-            raise InvalidRequest(answer.error, param="experts")
-        return answer.num_experts
-
-    def deliver(self, answer: CacheControlled) -> None:
-        """What the engine answers; to nobody, if that was cancelled meanwhile."""
-        waiting = self._answers.get(answer.ask_id)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(answer)
-
-    def fail(self, error: str) -> None:
-        """The engine will not answer any more."""
-        for waiting in self._answers.values():
-            if not waiting.done():
-                waiting.set_exception(EngineDead(error))
-
-
 def control_cache(engine: Engine, asked: ControlCache) -> CacheControlled:
-    """The answering side, on the engine's thread, between two steps."""
+    """The answer, on the engine's thread, between two steps."""
     try:
         return CacheControlled(asked.ask_id, engine.control_cache(asked.action, asked.experts))
     except ValueError as problem:

@@ -33,11 +33,6 @@ class EngineLink(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
 
-    @property
-    def may_restart(self) -> bool:
-        """Whether another link can take its place when it has ended."""
-        ...
-
     async def start(self) -> None:
         """Load; raises what loading raises. Cancelled, it leaves nothing behind but a thread that still loads."""
         ...
@@ -50,19 +45,9 @@ class EngineLink(Protocol):
         """End after the running step; a process that has not by then is killed."""
         ...
 
-    def kill(self) -> None:
-        """At once, if it can be: it has died then."""
-        ...
-
-    def again(self) -> EngineLink:
-        """A link to an engine of the same settings."""
-        ...
-
 
 class ThreadLink:
     """The engine on a thread of its own. When it fails it stays dead: its memory is this process's."""
-
-    may_restart = False
 
     def __init__(
         self,
@@ -109,12 +94,6 @@ class ThreadLink:
             self._inbox.put(Stop())
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
-
-    def kill(self) -> None:
-        pass  # a thread cannot be
-
-    def again(self) -> EngineLink:
-        raise NotImplementedError
 
     def _run(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[None]) -> None:
         wait_passively()

@@ -60,13 +60,13 @@ class TraceRecorded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class CheckIntegrity(msgspec.Struct, frozen=True, tag=True):
     """Server to engine: do your books add up?"""
 
-    check_id: str
+    ask_id: str
 
 
 class IntegrityChecked(msgspec.Struct, frozen=True, tag=True):
     """Engine to server: they do, between two steps, unless there is an `error`."""
 
-    check_id: str
+    ask_id: str
     error: str | None = None
 
 

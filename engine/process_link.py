@@ -49,9 +49,7 @@ class _Settings:
 
 
 class ProcessLink:
-    """One child, from its start to its end."""
-
-    may_restart = True
+    """One child, from its start to its end. It can be killed, and another can take its place."""
 
     def __init__(
         self,

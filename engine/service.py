@@ -11,7 +11,6 @@ from functools import partial
 from engine.cache_control import control_cache
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from engine.live_checks import check_engine
 from engine.messages import (
     AbortRequest,
     AddRequest,
@@ -21,6 +20,7 @@ from engine.messages import (
     ExpertsTold,
     Failed,
     FromEngine,
+    IntegrityChecked,
     Outputs,
     StartTrace,
     StatsTaken,
@@ -98,8 +98,8 @@ class EngineService:
                 self._send(ExpertsTold(ask_id, engine.expert_table()))
             case ControlCache():
                 self._send(control_cache(engine, message))
-            case CheckIntegrity():
-                self._send(check_engine(engine, message))
+            case CheckIntegrity(ask_id):
+                self._send(IntegrityChecked(ask_id, _integrity_error(engine)))
             case Stop():
                 raise AssertionError("the loop's to handle")
 
@@ -126,3 +126,11 @@ class EngineService:
                 messages.append(self._inbox.get(block=wait and not messages))
         except queue.Empty:
             return messages
+
+
+def _integrity_error(engine: Engine) -> str | None:
+    try:
+        engine.check_integrity()
+    except AssertionError as problem:
+        return str(problem)
+    return None

@@ -287,7 +287,7 @@ async def test_chat_messages_go_through_the_models_template(engine: AsyncEngine)
 
 async def test_a_text_far_too_long_for_the_model_is_refused_before_all_of_it_is_tokenised(engine: AsyncEngine):
     seen: list[int] = []
-    tokenizer = engine._tokenizer()
+    tokenizer = engine._supervisor.tokenizer
     encode = tokenizer.encode
     tokenizer.encode = lambda text, **kw: seen.append(len(text)) or encode(text, **kw)
     for made, param in (

@@ -53,7 +53,7 @@ async def collect(engine: AsyncEngine, name: str, prompt: list[int], params: Sam
 
 
 def pid_of(engine: AsyncEngine) -> int:
-    link = engine._link
+    link = engine._supervisor.link
     assert isinstance(link, ProcessLink)
     assert link.pid is not None
     return link.pid

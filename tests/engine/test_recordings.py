@@ -239,7 +239,7 @@ async def test_one_at_a_time_and_a_cancelled_one_makes_room_at_once(engine: Asyn
     await collect(engine, "a", random_prompt(20), greedy(3))
     engine.end_trace()
     assert unpacked(await second, tmp_path).num_tokens == 22
-    link = engine._link
+    link = engine._supervisor.link
     assert isinstance(link, ThreadLink)
     assert link._engine is not None
     assert link._engine.recordings._asked is None
