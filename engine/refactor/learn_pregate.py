@@ -18,7 +18,8 @@ from engine.refactor.healing import healed, rounded
 from engine.refactor.plan import PregatePlan, RefactorPlan
 from engine.refactor.pregate import PregateModel
 from engine.refactor.source import DenseSource
-from engine.refactor.student import Routes, Student, choose
+from engine.refactor.student import Routes, Student
+from engine.refactor.student_math import choose
 
 _NUM_JUDGED = 8  # batches by which distillation is judged
 

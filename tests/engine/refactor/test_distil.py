@@ -16,7 +16,8 @@ from engine.refactor.healing import healed
 from engine.refactor.perplexity import perplexities
 from engine.refactor.plan import LayerPlan, RefactorPlan, SplitSettings
 from engine.refactor.source import DenseSource, open_source
-from engine.refactor.student import Routes, Student, choose
+from engine.refactor.student import Routes, Student
+from engine.refactor.student_math import choose
 from tests.engine.refactor.conftest import MakeLlama
 from tests.engine.refactor.test_write import random_plan
 
