@@ -81,7 +81,7 @@ async def test_what_a_thread_does_a_process_does_too(checkpoint: Any, engine: As
     await asyncio.sleep(0)
     outputs = await collect(engine, "a", prompt, greedy(32, logprobs=2))
     assert tokens_of(outputs) == reference_greedy(checkpoint("olmoe")[1], prompt, 32)
-    assert [len(output.logprobs or []) for output in outputs] == [1] * 32
+    assert sum(len(output.logprobs or []) for output in outputs) == 32  # of a slow reader some come together
     assert "".join(output.text for output in outputs) == await engine.decode(tokens_of(outputs))
     assert engine.end_trace()
     assert (await recording).num_tokens == 51
