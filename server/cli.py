@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,20 +26,14 @@ from server import (
     cli_trace,
     cli_tune,
 )
+from server.cli_engine import Arithmetic, Formats, Memory, engine_config, grouped
 from server.cli_options import (
-    KV_MEMORY,
-    Dtype,
-    ExpertMemory,
     Experts,
-    Kernels,
-    KvMemory,
     LogLevel,
     MaxModelLen,
     Model,
     PackedDir,
-    Router,
     Seed,
-    Threads,
     directory_of,
     name_of,
     start_logging,
@@ -87,22 +82,20 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
+@grouped
 def chat(
+    *,
     model: Model = "demo",
     once: Annotated[str | None, typer.Option(metavar="PROMPT", help="Answer this and exit.")] = None,
     url: Annotated[str | None, typer.Option(help="Talk to this server instead of loading a model.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: the same answer every time.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    dtype: Dtype = "auto",
-    experts: Experts = "auto",
+    formats: Formats,
     max_model_len: MaxModelLen = None,
-    kv_memory: KvMemory = KV_MEMORY,
-    expert_memory: ExpertMemory = None,
+    memory: Memory,
     packed_dir: PackedDir = None,
     seed: Seed = None,
-    threads: Threads = None,
-    kernels: Kernels = "auto",
-    router: Router = "auto",
+    arithmetic: Arithmetic,
     log_level: LogLevel = "warning",
 ) -> None:
     """Talk to MODEL in the terminal, or to a running server with --url."""
@@ -114,17 +107,12 @@ def chat(
         fields = {"temperature": temperature, "max_tokens": max_tokens, **({} if seed is None else {"seed": seed})}
         asyncio.run(chat_with_server(url, environment.api_keys, fields, once))
         return
-    config = EngineConfig(
-        model=directory_of(model, environment),
+    config = engine_config(directory_of(model, environment), formats, memory, arithmetic, packed_dir=packed_dir)
+    config = replace(
+        config,
         served_name=name_of(model),
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         max_model_len=max_model_len,
-        kv_memory_nbytes=kv_memory,
-        num_threads=threads,
-        kernels=kernels,
-        router=router,
         seed=seed,
-        cache=CacheConfig(format=experts, memory_nbytes=expert_memory, packed_dir=packed_dir),
         scheduler=SchedulerConfig(max_num_seqs=1),
     )
     asyncio.run(chat_in_process(config, temperature=temperature, max_tokens=max_tokens, once=once))

@@ -12,30 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from engine.config import CacheConfig, EngineConfig
 from engine.errors import ConfigError
+from server.cli_engine import Arithmetic, Formats, Memory, Tiers, Weights, engine_config, grouped
 from server.cli_options import (
-    KV_MEMORY,
     TOKEN_IDS,
-    CachePolicy,
-    Dtype,
-    ExclusiveTiers,
-    ExpertMemory,
-    Experts,
-    HostMemory,
-    Kernels,
-    KvMemory,
-    Layers,
-    LinkBandwidth,
     LogLevel,
     Model,
     PackedDir,
-    Predictor,
-    RandomShape,
-    Router,
-    Threads,
     TokenIds,
-    check_random,
     directory_of,
     start_logging,
 )
@@ -63,59 +47,35 @@ def _group() -> None:
 
 
 @app.command()
+@grouped
 def offline(
-    model: Model = "demo",
-    random: RandomShape = None,
-    layers: Layers = None,
+    *,
+    weights: Weights,
     routing_skew: RoutingSkew = 0.0,
     seqs: Annotated[str, typer.Option(help="Numbers of sequences at once.")] = "1,2,4,8,16,32",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="In each prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=2, help="Of each sequence.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Above 0 random weights do not repeat themselves.")] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    dtype: Dtype = "auto",
-    experts: Experts = "auto",
-    kv_memory: KvMemory = KV_MEMORY,
-    expert_memory: ExpertMemory = None,
-    cache_policy: CachePolicy = "segment",
-    predictor: Predictor = "auto",
-    host_memory: HostMemory = None,
-    exclusive_tiers: ExclusiveTiers = False,
-    link_bandwidth: LinkBandwidth = None,
-    threads: Threads = None,
-    kernels: Kernels = "auto",
-    router: Router = "auto",
+    formats: Formats,
+    memory: Memory,
+    tiers: Tiers,
+    arithmetic: Arithmetic,
     log_level: LogLevel = "warning",
 ) -> None:
     """Prefill and decode tokens per second of the engine alone, without HTTP."""
     start_logging(log_level)
-    check_random(model, random, layers)
+    weights.check()
     from engine.bench import Workload, bench_offline
     from server.progress import ProgressDisplay
 
-    config = EngineConfig(
-        model=Path() if random else directory_of(model, Environment()),
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        kv_memory_nbytes=kv_memory,
-        num_threads=threads,
-        kernels=kernels,
-        router=router,
-        cache=CacheConfig(
-            format=experts,
-            memory_nbytes=expert_memory,
-            policy=cache_policy,
-            predictor=predictor,
-            host_memory_nbytes=host_memory,
-            exclusive_tiers=exclusive_tiers,
-            link_bandwidth=link_bandwidth,
-        ),
-    )
+    config = engine_config(weights.directory(), formats, memory, tiers, arithmetic)
     workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, temperature=temperature)
     results = bench_offline(
         config,
         workload,
-        random_shape=random,
-        num_layers=layers,
+        random_shape=weights.random,
+        num_layers=weights.layers,
         routing_skew=routing_skew,
         batch_sizes=_numbers("--seqs", seqs),
         progress=ProgressDisplay(),
@@ -137,7 +97,9 @@ def offline(
 
 
 @app.command()
+@grouped
 def perplexity(
+    *,
     model: Model = "demo",
     text: Annotated[
         list[Path] | None, typer.Option(help="A text file; again for more [default: the topics of Python's help()]")
@@ -145,14 +107,10 @@ def perplexity(
     window: Annotated[int, typer.Option(min=2, help="Tokens that are scored together.")] = 512,
     max_windows: Annotated[int | None, typer.Option(min=1, help="So many, spread over the text [default: all]")] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON object.")] = False,
-    dtype: Dtype = "auto",
-    experts: Experts = "auto",
-    kv_memory: KvMemory = KV_MEMORY,
-    expert_memory: ExpertMemory = None,
+    formats: Formats,
+    memory: Memory,
     packed_dir: PackedDir = None,
-    threads: Threads = None,
-    kernels: Kernels = "auto",
-    router: Router = "auto",
+    arithmetic: Arithmetic,
     log_level: LogLevel = "warning",
 ) -> None:
     """How well MODEL predicts text: what a format costs in quality."""
@@ -160,15 +118,7 @@ def perplexity(
     from engine.perplexity import bench_perplexity
     from server.progress import ProgressDisplay
 
-    config = EngineConfig(
-        model=directory_of(model, Environment()),
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        kv_memory_nbytes=kv_memory,
-        num_threads=threads,
-        kernels=kernels,
-        router=router,
-        cache=CacheConfig(format=experts, memory_nbytes=expert_memory, packed_dir=packed_dir),
-    )
+    config = engine_config(directory_of(model, Environment()), formats, memory, arithmetic, packed_dir=packed_dir)
     with ProgressDisplay() as progress:
         r = bench_perplexity(config, text or [], window=window, max_windows=max_windows, progress=progress)
     if json:

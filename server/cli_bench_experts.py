@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
-from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.config import SchedulerConfig
 from server.cli_bench import RoutingSkew, app
+from server.cli_engine import Arithmetic, Formats, Memory, Tiers, Weights, engine_config, grouped
 from server.cli_options import (
     KV_MEMORY,
     CachePolicy,
-    Dtype,
     ExclusiveTiers,
     Experts,
     HostMemory,
     KvMemory,
-    Layers,
     LinkBandwidth,
     LogLevel,
     Model,
     PackedDir,
     Predictor,
-    RandomShape,
     TargetItl,
     Threads,
-    check_random,
     directory_of,
     rate,
     start_logging,
@@ -38,10 +36,10 @@ __all__ = ["app"]  # with these commands added
 
 
 @app.command()
+@grouped
 def offload(
-    model: Model = "demo",
-    random: RandomShape = None,
-    layers: Layers = None,
+    *,
+    weights: Weights,
     routing_skew: RoutingSkew = 0.0,
     memory: Annotated[str, typer.Option(help="Shares of the experts that have room.")] = "50%,25%",
     links: Annotated[str, typer.Option(help="Rates of the link from below; disk: as it is.")] = "disk",
@@ -51,8 +49,7 @@ def offload(
     output_tokens: Annotated[int, typer.Option(min=2, help="Of each sequence that are measured.")] = 48,
     temperature: Annotated[float, typer.Option(min=0.0, help="At 0 random weights repeat themselves.")] = 1.0,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    dtype: Dtype = "auto",
-    experts: Experts = "auto",
+    formats: Formats,
     cache_policy: CachePolicy = "segment",
     host_memory: HostMemory = None,
     exclusive_tiers: ExclusiveTiers = False,
@@ -61,22 +58,13 @@ def offload(
 ) -> None:
     """Decode with some of the experts in memory: what waiting costs, by predictor, beside an oracle."""
     start_logging(log_level)
-    check_random(model, random, layers)
+    weights.check()
     from engine.bench import Workload
     from engine.bench_offload import bench_offload
     from server.progress import ProgressDisplay
 
-    config = EngineConfig(
-        model=Path() if random else directory_of(model, Environment()),
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        num_threads=threads,
-        cache=CacheConfig(
-            format=experts,
-            policy=cache_policy,
-            host_memory_nbytes=host_memory,
-            exclusive_tiers=exclusive_tiers,
-        ),
-    )
+    tiers = Tiers(cache_policy, host_memory=host_memory, exclusive_tiers=exclusive_tiers)
+    config = engine_config(weights.directory(), formats, tiers, Arithmetic(threads))
     with ProgressDisplay() as display:
         results = bench_offload(
             config,
@@ -85,8 +73,8 @@ def offload(
             memory_shares=[_share(text) for text in memory.split(",")],
             links=[None if text == "disk" else rate(text) for text in links.split(",")],
             predictors=predictors.split(","),
-            random_shape=random,
-            num_layers=layers,
+            random_shape=weights.random,
+            num_layers=weights.layers,
             routing_skew=routing_skew,
             progress=display,
         )
@@ -109,10 +97,10 @@ def offload(
 
 
 @app.command()
+@grouped
 def schedule(
-    model: Model = "demo",
-    random: RandomShape = None,
-    layers: Layers = None,
+    *,
+    weights: Weights,
     routing_skew: RoutingSkew = 0.0,
     memory: Annotated[str, typer.Option(help="Shares of the experts that have room.")] = "50%,25%,12.5%",
     schedulers: Annotated[
@@ -125,8 +113,7 @@ def schedule(
     target_itl: TargetItl = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also draw throughput over latency, into this file.")] = None,
-    dtype: Dtype = "auto",
-    experts: Experts = "auto",
+    formats: Formats,
     kv_memory: KvMemory = KV_MEMORY,
     cache_policy: CachePolicy = "segment",
     predictor: Predictor = "auto",
@@ -136,7 +123,7 @@ def schedule(
 ) -> None:
     """The same mixed requests by each scheduler, with some of the experts in memory: tokens/s, bytes, latencies."""
     start_logging(log_level)
-    check_random(model, random, layers)
+    weights.check()
     from engine.bench import Workload
     from engine.bench_schedule import Contender, bench_schedule
     from server.page import fill
@@ -145,14 +132,9 @@ def schedule(
     if html is not None:
         html.touch()  # a place that cannot be written to is told before hours of measuring
 
-    config = EngineConfig(
-        model=Path() if random else directory_of(model, Environment()),
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        kv_memory_nbytes=kv_memory,
-        num_threads=threads,
-        cache=CacheConfig(format=experts, policy=cache_policy, predictor=predictor, link_bandwidth=link_bandwidth),
-        scheduler=SchedulerConfig(target_itl_s=target_itl),
-    )
+    tiers = Tiers(cache_policy, predictor, link_bandwidth=link_bandwidth)
+    config = engine_config(weights.directory(), formats, Memory(kv_memory), tiers, Arithmetic(threads))
+    config = replace(config, scheduler=SchedulerConfig(target_itl_s=target_itl))
     with ProgressDisplay() as display:
         results = bench_schedule(
             config,
@@ -160,8 +142,8 @@ def schedule(
             [Contender.parse(text) for text in schedulers.split(",")],
             num_requests=requests,
             memory_shares=[_share(text) for text in memory.split(",")],
-            random_shape=random,
-            num_layers=layers,
+            random_shape=weights.random,
+            num_layers=weights.layers,
             routing_skew=routing_skew,
             progress=display,
         )
@@ -186,7 +168,7 @@ def schedule(
                 f"{'yes' if r.same_tokens else 'NO':>5}"
             )
     if html is not None:
-        title = f"Schedulers: {random or model}"
+        title = f"Schedulers: {weights.random or weights.model}"
         shape = f"{requests} requests, all there from the start, {output_tokens} tokens an answer on average"
         html.write_text(fill("schedules.html", title, {"title": title, "shape": shape, "rows": done}), encoding="utf-8")
 
@@ -218,11 +200,8 @@ def predict(
     from engine.bench_prediction import bench_prediction
     from server.progress import ProgressDisplay
 
-    config = EngineConfig(
-        model=directory_of(model, Environment()),
-        num_threads=threads,
-        cache=CacheConfig(format=experts, packed_dir=packed_dir),
-    )
+    directory = directory_of(model, Environment())
+    config = engine_config(directory, Formats(experts=experts), Arithmetic(threads), packed_dir=packed_dir)
     texts = [] if prompts is None else list(filter(None, prompts.read_text(encoding="utf-8").splitlines()))
     with ProgressDisplay() as display:
         results = bench_prediction(config, prompts=texts, output_tokens=output_tokens, progress=display)

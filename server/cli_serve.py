@@ -5,44 +5,29 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.config import SchedulerConfig
 from engine.errors import ConfigError
+from server.cli_engine import Arithmetic, Formats, Memory, Tiers, Weights, engine_config, grouped
 from server.cli_options import (
-    KV_MEMORY,
-    CachePolicy,
     CpuExperts,
     Device,
-    Dtype,
-    ExclusiveTiers,
-    ExpertMemory,
     ExpertParallel,
-    Experts,
-    HostMemory,
-    Kernels,
-    KvMemory,
-    Layers,
-    LinkBandwidth,
     LogLevel,
     MaxModelLen,
     MaxStepSeqs,
-    Model,
     PackedDir,
     PlacementFile,
-    Predictor,
-    RandomShape,
     RecordTrace,
-    Router,
     Scheduler,
     Seed,
     TargetItl,
     TargetTtft,
-    Threads,
-    check_random,
     directory_of,
     name_of,
     start_logging,
@@ -50,14 +35,13 @@ from server.cli_options import (
 from server.settings import AppSettings, Environment
 
 
+@grouped
 def serve(
-    model: Model = "demo",
-    random: RandomShape = None,
-    layers: Layers = None,
+    *,
+    weights: Weights,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    dtype: Dtype = "auto",
-    experts: Experts = "auto",
+    formats: Formats,
     max_model_len: MaxModelLen = None,
     scheduler: Scheduler = "expert-aware",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 32,
@@ -69,13 +53,8 @@ def serve(
     max_queued_tokens: Annotated[int, typer.Option(min=1, help="Of prompts that wait; beyond that 503.")] = 1024**2,
     target_itl: TargetItl = None,
     target_ttft: TargetTtft = None,
-    kv_memory: KvMemory = KV_MEMORY,
-    expert_memory: ExpertMemory = None,
-    cache_policy: CachePolicy = "segment",
-    predictor: Predictor = "auto",
-    host_memory: HostMemory = None,
-    exclusive_tiers: ExclusiveTiers = False,
-    link_bandwidth: LinkBandwidth = None,
+    memory: Memory,
+    tiers: Tiers,
     device: Device = "cpu",
     cpu_experts: CpuExperts = False,
     expert_parallel: ExpertParallel = 1,
@@ -91,9 +70,7 @@ def serve(
     api_key_file: Annotated[Path | None, typer.Option(help="One API key a line; or set FOREGATE_API_KEY.")] = None,
     open_metrics: Annotated[bool, typer.Option(help="/metrics needs no API key.")] = False,
     seed: Seed = None,
-    threads: Threads = None,
-    kernels: Kernels = "auto",
-    router: Router = "auto",
+    arithmetic: Arithmetic,
     stall_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds without progress on what is to be done until /live says no.")
     ] = 300.0,
@@ -105,7 +82,7 @@ def serve(
 ) -> None:
     """Serve MODEL over the OpenAI API."""
     start_logging(log_level)
-    check_random(model, random, layers)
+    weights.check()
     from engine.async_engine import AsyncEngine
     from engine.build import PLANNED, random_weights
     from server.app import create_app
@@ -117,34 +94,20 @@ def serve(
     environment = Environment()
     with (
         listen(host, port) as listener,  # first of all: a port in use is told before anything is loaded
-        _directory(model, random, layers, environment) as directory,
+        _directory(weights, environment) as directory,
     ):
-        names = tuple(served_model_name or [name_of(model) if random is None else directory.name])
-        config = EngineConfig(
-            model=directory,
+        names = tuple(served_model_name or [name_of(weights.model) if weights.random is None else directory.name])
+        config = engine_config(directory, formats, memory, tiers, arithmetic, packed_dir=packed_dir)
+        config = replace(
+            config,
             served_name=names[0],
-            dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
             max_model_len=max_model_len,
-            kv_memory_nbytes=kv_memory,
-            num_threads=threads,
             device=device,
             expert_parallel=expert_parallel,
             placement=placement,
-            kernels=kernels,
-            router=router,
             seed=seed,
             record_trace=record_trace,
-            cache=CacheConfig(
-                format=experts,
-                memory_nbytes=expert_memory,
-                policy=cache_policy,
-                predictor=predictor,
-                host_memory_nbytes=host_memory,
-                exclusive_tiers=exclusive_tiers,
-                link_bandwidth=link_bandwidth,
-                cpu_experts=cpu_experts,
-                packed_dir=packed_dir,
-            ),
+            cache=replace(config.cache, cpu_experts=cpu_experts),
             scheduler=SchedulerConfig(
                 policy=scheduler,
                 max_num_seqs=max_num_seqs,
@@ -168,7 +131,7 @@ def serve(
             stall_timeout_s=stall_timeout,
         )
         display = ProgressDisplay()
-        build = PLANNED if random is None else random_weights(random, layers)
+        build = PLANNED if weights.random is None else random_weights(weights.random, weights.layers)
         engine = AsyncEngine(config, progress=display, build=build, in_child=True, stall_timeout_s=stall_timeout)
         lifecycle = Lifecycle()
         run(
@@ -182,10 +145,11 @@ def serve(
 
 
 @contextmanager
-def _directory(model: str, shape: str | None, layers: int | None, environment: Environment) -> Iterator[Path]:
+def _directory(weights: Weights, environment: Environment) -> Iterator[Path]:
     """Where the checkpoint is; for random weights a place for their packed experts, which is gone afterwards."""
+    shape, layers = weights.random, weights.layers
     if shape is None:
-        yield directory_of(model, environment)
+        yield directory_of(weights.model, environment)
         return
     with tempfile.TemporaryDirectory(prefix="foregate-random-") as scratch:
         yield Path(scratch) / (f"random-{shape}" if layers is None else f"random-{shape}-{layers}")
