@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
-from engine.config import CacheConfig, EngineConfig
+from server.cli_engine import Arithmetic, Formats, Memory, Tiers, Weights, engine_config, grouped
 from server.cli_options import (
-    KV_MEMORY,
-    Dtype,
-    ExpertMemory,
-    Experts,
-    KvMemory,
-    Layers,
     LinkBandwidth,
     LogLevel,
-    Model,
     PackedDir,
-    RandomShape,
     Threads,
-    check_random,
-    directory_of,
     name_of,
     start_logging,
 )
 from server.cli_trace import read_trace
-from server.settings import Environment
 
 
+@grouped
 def plan(
-    model: Model = "demo",
-    random: RandomShape = None,
-    layers: Layers = None,
+    *,
+    weights: Weights,
     trace: Annotated[Path | None, typer.Option(help="Recorded routing of MODEL, for its own hit rate.")] = None,
-    dtype: Dtype = "auto",
-    experts: Experts = "auto",
-    kv_memory: KvMemory = KV_MEMORY,
-    expert_memory: ExpertMemory = None,
+    formats: Formats,
+    memory: Memory,
     link_bandwidth: LinkBandwidth = None,
     packed_dir: PackedDir = None,
     threads: Threads = None,
@@ -52,23 +40,18 @@ def plan(
     Exit code 1 if it does not fit.
     """
     start_logging(log_level)
-    check_random(model, random, layers)
+    weights.check()
     from engine.plan import open_checkpoint, plan_serving
 
     with tempfile.TemporaryDirectory(prefix="foregate-plan-") as scratch:
-        directory = Path(scratch) / random if random else directory_of(model, Environment())
+        directory = Path(scratch) / weights.random if weights.random else weights.directory()
         directory.mkdir(exist_ok=True)
-        config = EngineConfig(
-            model=directory,
-            served_name=random or name_of(model),
-            dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-            kv_memory_nbytes=kv_memory,
-            num_threads=threads,
-            cache=CacheConfig(
-                format=experts, memory_nbytes=expert_memory, link_bandwidth=link_bandwidth, packed_dir=packed_dir
-            ),
+        tiers = Tiers(link_bandwidth=link_bandwidth)
+        config = replace(
+            engine_config(directory, formats, memory, tiers, Arithmetic(threads), packed_dir=packed_dir),
+            served_name=weights.random or name_of(weights.model),
         )
-        checkpoint = open_checkpoint(directory, random, layers)
+        checkpoint = open_checkpoint(directory, weights.random, weights.layers)
         made = plan_serving(config, checkpoint, None if trace is None else read_trace(trace))
     if json:
         typer.echo(msgspec.json.encode(made).decode())

@@ -13,23 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from engine.config import CacheConfig, EngineConfig
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server.cli_bench import RoutingSkew
+from server.cli_engine import Arithmetic, Formats, Group, Tiers, Weights, engine_config, grouped
 from server.cli_options import (
     CachePolicy,
-    Dtype,
     ExclusiveTiers,
-    Experts,
     HostMemory,
-    Layers,
     LogLevel,
-    Model,
     PackedDir,
-    RandomShape,
     Threads,
-    check_random,
-    directory_of,
     rate,
     start_logging,
 )
@@ -47,14 +41,13 @@ CalibrationFile = Annotated[Path | None, typer.Option(help="What `foregate calib
 Links = Annotated[str, typer.Option("--link", help="Rates of the link from below, like 8GiB/s; own: the machine's.")]
 
 
+@grouped
 def calibrate(
-    model: Model = "demo",
-    random: RandomShape = None,
-    layers: Layers = None,
+    *,
+    weights: Weights,
     routing_skew: RoutingSkew = 0.5,
     out: Annotated[Path | None, typer.Option(help="The file to write [default: beside the packed experts]")] = None,
-    dtype: Dtype = "auto",
-    experts: Experts = "auto",
+    formats: Formats,
     cache_policy: CachePolicy = "segment",
     packed_dir: PackedDir = None,
     threads: Threads = None,
@@ -62,17 +55,18 @@ def calibrate(
 ) -> None:
     """Measure what serving MODEL costs on this machine, for `foregate simulate`. Takes up to a minute."""
     start_logging(log_level)
-    check_random(model, random, layers)
+    weights.check()
     from engine.calibrate import Subject, calibration_path
     from engine.calibrate import calibrate as measure
     from server.progress import ProgressDisplay
 
-    environment = Environment()
-    with _config(model, random, environment, experts, cache_policy, packed_dir, dtype, threads) as config:
-        subject = Subject(config=config, random_shape=random, num_layers=layers, routing_skew=routing_skew)
+    with _config(weights, formats, Tiers(cache_policy), Arithmetic(threads), packed_dir=packed_dir) as config:
+        subject = Subject(
+            config=config, random_shape=weights.random, num_layers=weights.layers, routing_skew=routing_skew
+        )
         with ProgressDisplay() as display:
             measured = measure(subject, display)
-        path = out or calibration_path(subject, environment.home / "calibrations")
+        path = out or calibration_path(subject, Environment().home / "calibrations")
     measured.save(path)
     typer.echo(msgspec.json.format(msgspec.json.encode(measured), indent=2).decode())
     typer.echo(path)
@@ -138,10 +132,10 @@ def simulate(
         typer.echo(msgspec.json.encode(result).decode() if json else _line(size, rate_text, result))
 
 
+@grouped
 def bench_simulate(
-    model: Model = "demo",
-    random: RandomShape = None,
-    layers: Layers = None,
+    *,
+    weights: Weights,
     routing_skew: RoutingSkew = 0.5,
     memory: Annotated[str, typer.Option(help="Shares of the experts that have room.")] = "50%,25%",
     seqs: Annotated[str, typer.Option(help="Sequences at once.")] = "1,4,8",
@@ -151,8 +145,7 @@ def bench_simulate(
     output_tokens: Annotated[int, typer.Option(min=2, help="Of each sequence that are measured.")] = 32,
     calibration: CalibrationFile = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    dtype: Dtype = "auto",
-    experts: Experts = "auto",
+    formats: Formats,
     cache_policy: CachePolicy = "segment",
     packed_dir: PackedDir = None,
     threads: Threads = None,
@@ -160,7 +153,7 @@ def bench_simulate(
 ) -> None:
     """Calibrate, then compare the simulation with the engine on settings that it was not calibrated on."""
     start_logging(log_level)
-    check_random(model, random, layers)
+    weights.check()
     from engine.bench import Workload
     from engine.bench_simulate import TOLERANCE
     from engine.bench_simulate import bench_simulate as validate
@@ -169,15 +162,15 @@ def bench_simulate(
 
     num_within = num_settings = 0
     with (
-        _config(model, random, Environment(), experts, cache_policy, packed_dir, dtype, threads) as config,
+        _config(weights, formats, Tiers(cache_policy), Arithmetic(threads), packed_dir=packed_dir) as config,
         ProgressDisplay() as display,
     ):
         if not json:
             typer.echo(_BENCH_HEADER)
         for row in validate(
             config,
-            random_shape=random,
-            num_layers=layers,
+            random_shape=weights.random,
+            num_layers=weights.layers,
             routing_skew=routing_skew,
             workload=Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, temperature=1.0),
             memory_shares=[num_slots_of(text, 1_000_000) / 1_000_000 for text in _split(memory)],
@@ -195,25 +188,11 @@ def bench_simulate(
 
 
 @contextmanager
-def _config(
-    model: str,
-    random: str | None,
-    environment: Environment,
-    experts: str,
-    policy: str,
-    packed_dir: Path | None,
-    dtype: str,
-    threads: int | None,
-) -> Iterator[EngineConfig]:
+def _config(weights: Weights, *groups: Group, packed_dir: Path | None) -> Iterator[EngineConfig]:
     """Random weights have a place for their packed experts that is gone afterwards."""
-    config = EngineConfig(
-        model=Path(),
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        num_threads=threads,
-        cache=CacheConfig(format=experts, policy=policy, packed_dir=packed_dir),
-    )
-    if random is None:
-        yield replace(config, model=directory_of(model, environment))
+    config = engine_config(weights.directory(), *groups, packed_dir=packed_dir)
+    if weights.random is None:
+        yield config
         return
     with tempfile.TemporaryDirectory(prefix="foregate-calibrate-") as scratch:
         yield replace(config, model=Path(scratch) / "random")
