@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,17 +17,18 @@ import msgspec
 from cache.expert_store import ExpertStore
 from cache.trace import RoutingTrace, load
 from engine.bench import Workload, bench_prompts
-from engine.calibration import Calibration, LinkCost
+from engine.calibration import Calibration
 from engine.checkpoint import Checkpoint
 from engine.config import CacheConfig, EngineConfig
 from engine.convert import Progress, packed_path
-from engine.cost_fit import fit_bookkeeping, fit_combine, fit_costs, fit_foretelling, fit_kernels, fit_phase
+from engine.cost_fit import fit_bookkeeping, fit_combine, fit_foretelling, fit_kernels, fit_phase
+from engine.disk_fit import fit_disk
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.link_probe import probe_link, read_slowdown
+from engine.link_probe import disk_bandwidth, probe_link, read_slowdown
 from engine.number_tokenizer import NumberTokenizer
 from engine.sampling_params import SamplingParams
-from engine.simulate import SimulatedStep, SimulationSettings, simulated_steps
+from engine.simulate import SimulationSettings
 from engine.step_clock import StepClock, StepTimes, replayed_steps
 from engine.synthetic import SyntheticCheckpoint
 from engine.tokenizer import TokenDecoder
@@ -46,8 +48,6 @@ _OFFLOADED = ((1, 32), (3, 32))
 _SHARE = 0.375  # of the experts that have slots in the offloaded runs
 _RESIDENT_TOKENS, _OFFLOADED_TOKENS, _FORETOLD_TOKENS = 10, 20, 12  # of each sequence
 _MAX_WARM_UPS = 6
-_NUM_ADJUSTMENTS = 3
-_MOST_ADJUSTMENT = 2.0  # of the disk, in one of them
 _NUM_WARM_UPS = 4  # steps of the offloaded run that fill the cache
 
 
@@ -117,7 +117,7 @@ def calibrate(subject: Subject, progress: Progress | None = None) -> Calibration
         for seed, (num_seqs, prompt_tokens) in enumerate(_RESIDENT):
             _serve(engine, clock, _workload(prompt_tokens, _RESIDENT_TOKENS), num_seqs, seed)
         resident = list(clock.steps)
-        store = ExpertStore(packed_path(subject.checkpoint(), config.cache.format, config.cache.packed_dir))
+        store = _store(subject)
         try:
             probed = probe_link(store)
             slowed = read_slowdown(store, lambda: _serve(engine, clock, _workload(8, 2 * _RESIDENT_TOKENS), 1, seed=99))
@@ -126,7 +126,9 @@ def calibrate(subject: Subject, progress: Progress | None = None) -> Calibration
     decode, prefill = (fit_phase([step for step in resident if step.is_prefill == is_prefill]) for is_prefill in (0, 1))
     num_slots = max(1, round(_SHARE * num_keys))
     cache = replace(config.cache, memory_nbytes=num_slots * record_nbytes, link_bandwidth=None, host_memory_nbytes=None)
+    bandwidths = [measure_disk(subject)]
     run = _offloaded(subject, replace(cache, predictor="off"), _OFFLOADED, _OFFLOADED_TOKENS)
+    bandwidths.append(measure_disk(subject))
     foretold = _offloaded(subject, replace(cache, predictor="auto"), _OFFLOADED[:1], _FORETOLD_TOKENS)
     slower, slower_reading = fit_kernels(run.times, decode)
     offload = fit_bookkeeping(run.times, decode)
@@ -150,11 +152,27 @@ def calibrate(subject: Subject, progress: Progress | None = None) -> Calibration
         prefill=msgspec.structs.replace(prefill, combine_product_s=combine_product_s),
         disk=probed.disk,
         offload=offload,
+        disk_bandwidth=statistics.mean(bandwidths),
         max_depth=config.cache.num_io_threads,
         crossing_s=probed.crossing_s,
         host_bandwidth=probed.host_bandwidth,
     )
-    return _agreeing(calibration, run, SimulationSettings(num_slots=num_slots, policy=config.cache.policy))
+    settings = SimulationSettings(num_slots=num_slots, policy=config.cache.policy)
+    return fit_disk(calibration, settings, run.trace, replayed_steps(run.times, run.trace), _waited_s(run))
+
+
+def measure_disk(subject: Subject) -> float:
+    """`disk_bandwidth` of the subject's packed experts, which must be there."""
+    store = _store(subject)
+    try:
+        return disk_bandwidth(store)
+    finally:
+        store.close()
+
+
+def _store(subject: Subject) -> ExpertStore:
+    cache = subject.config.cache
+    return ExpertStore(packed_path(subject.checkpoint(), cache.format, cache.packed_dir))
 
 
 def _warm_up(engine: Engine, clock: StepClock) -> None:
@@ -200,50 +218,13 @@ def _offloaded(
         return _OffloadedRun(clock.steps, load(path))
 
 
-def _agreeing(calibration: Calibration, run: _OffloadedRun, settings: SimulationSettings) -> Calibration:
-    """Adjusted until simulated steps wait for experts as long as these did, and then take as long as they did."""
-    steps = replayed_steps(run.times, run.trace)
-    for _ in range(_NUM_ADJUSTMENTS):
-        pairs = _decode_pairs(simulated_steps(run.trace, calibration, settings, steps=lambda: steps), run.times)
-        if not pairs:
-            break
-        disk, offload = calibration.disk, calibration.offload
-        misses = [float(step.queries - step.hits) for step, _ in pairs]
-        reading = [max(0.0, step.stall_s - offload.arrival_s * n) for (step, _), n in zip(pairs, misses, strict=True)]
-        waited = [sum(layer.waited_s for layer in times.layers) for _, times in pairs]
-        slower, arrival_s = fit_costs(list(zip(reading, misses, strict=True)), waited)
-        slower = min(max(slower, 1 / _MOST_ADJUSTMENT), _MOST_ADJUSTMENT)
-        rates = {num_reads: rate / slower for num_reads, rate in disk.rates.items()}
-        calibration = msgspec.structs.replace(
-            calibration,
-            disk=LinkCost(latency_s=disk.latency_s * slower, rates=rates),
-            offload=msgspec.structs.replace(offload, arrival_s=arrival_s),
-        )
-    for _ in range(_NUM_ADJUSTMENTS):
-        pairs = _decode_pairs(simulated_steps(run.trace, calibration, settings, steps=lambda: steps), run.times)
-        if not pairs:
-            break
-        offload = calibration.offload
-        features = [(float(calibration.num_layers), float(step.queries - step.hits)) for step, _ in pairs]
-        call_s, miss_s = fit_costs(
-            features, [times.ended - times.began for _, times in pairs], [step.seconds for step, _ in pairs]
-        )
-        offload = msgspec.structs.replace(
-            offload,
-            call_s=offload.call_s + call_s,
-            miss_s=offload.miss_s + miss_s,
-            prefetch_s=offload.prefetch_s + miss_s,
-        )
-        calibration = msgspec.structs.replace(calibration, offload=offload)
-    return calibration
-
-
-def _decode_pairs(
-    simulated: Sequence[SimulatedStep], times: Sequence[StepTimes]
-) -> list[tuple[SimulatedStep, StepTimes]]:
-    """Decode steps with misses, once the cache is full."""
-    pairs = list(zip(simulated, times, strict=True))[_NUM_WARM_UPS:]
-    return [(step, timed) for step, timed in pairs if not step.is_prefill and step.queries > step.hits]
+def _waited_s(run: _OffloadedRun) -> dict[int, list[float]]:
+    """What the layers of each decode step waited, once the cache is full."""
+    return {
+        i: [layer.waited_s for layer in times.layers]
+        for i, times in enumerate(run.times)
+        if i >= _NUM_WARM_UPS and not times.is_prefill
+    }
 
 
 def _machine() -> str:

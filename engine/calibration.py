@@ -87,6 +87,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     prefill: PhaseCost
     disk: LinkCost
     offload: OffloadCost
+    disk_bandwidth: float | None = None  # bytes/s as `engine.link_probe.disk_bandwidth` had it then; None: not known
     max_depth: int = 8  # reads at once
     link_bandwidth: float | None = None  # bytes/s of what all records cross one by one, if there is such a link
     crossing_s: float = 0.0  # beside that, for each read

@@ -64,8 +64,8 @@ class SchedulerConfig:
     max_queued_tokens: int = 1024**2  # of prompts that have not been answered at all yet
     target_itl_s: float | None = None  # between two tokens of an answer
     target_ttft_s: float | None = None  # to the first
-    quantum: int = 4  # steps for which a group that was chosen by experts stays
-    max_passed_over: int = 16  # turns in which a request may be left out of the group
+    quantum: int = 1  # steps for which a group that was chosen by experts stays
+    max_passed_over: int = 32  # turns in which a request may be left out of the group
 
     @property
     def step_seqs(self) -> int:

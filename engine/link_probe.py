@@ -18,6 +18,7 @@ _READS_AT_ONCE = (1, 2, 4, 8)
 _NUM_READS = 12  # of which the median is taken
 _TOGETHER = 4  # neighbours in one read, to tell latency from bytes
 _SAMPLE_S = 0.3
+_FEW = 4
 _SLEEP_S = 400e-6  # about what a record takes on a link
 
 
@@ -68,6 +69,13 @@ def read_slowdown(store: ExpertStore, compute: Callable[[], object]) -> float:
     buffers = [pool.buffer(slot) for slot in range(2)]
     alone = _reads_per_s(store, store.header.keys, buffers, 2)
     return max(1.0, alone / _reads_per_s(store, store.header.keys, buffers, 2, compute))
+
+
+def disk_bandwidth(store: ExpertStore) -> float:
+    """Bytes/s of single records read at random by a few threads, now: a shared disk's speed changes by the minute."""
+    pool = SlotPool(_FEW, store.record_nbytes)
+    buffers = [pool.buffer(slot) for slot in range(_FEW)]
+    return store.record_nbytes * _reads_per_s(store, store.header.keys, buffers, _FEW)
 
 
 def _median_s(run: Callable[[], object]) -> float:

@@ -35,7 +35,9 @@ class LiveExperts:
         return not self._cache.holds_all
 
     def uses(self, requests: Sequence[Request]) -> NDArray[np.float32]:
-        return self._signatures.uses([request.number for request in requests])
+        return self._signatures.uses(
+            [request.number for request in requests], [request.next_token_id for request in requests]
+        )
 
     def resident(self) -> NDArray[np.bool_]:
         resident = self._cache.resident()

@@ -49,6 +49,11 @@ class Request:
         return self.num_tokens - self.num_computed_tokens
 
     @property
+    def next_token_id(self) -> int | None:
+        """What a decoding request computes next; None while its prompt is computed."""
+        return self.token_ids[-1] if self.num_new_tokens == 1 else None
+
+    @property
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
 

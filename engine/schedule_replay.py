@@ -51,7 +51,10 @@ class ScheduledTrace:
     is_short = True
 
     def uses(self, requests: Sequence[Request]) -> NDArray[np.float32]:
-        return self._signatures.uses([request.number for request in requests])
+        numbers = [request.number for request in requests]
+        if self._trace.token_ids is None:
+            return self._signatures.uses(numbers)
+        return self._signatures.uses(numbers, [request.next_token_id for request in requests])
 
     def resident(self) -> NDArray[np.bool_]:
         resident = self._resident()

@@ -15,6 +15,7 @@ _PRIOR_TOKENS = 2.0  # for which a request is taken to do what is expected of it
 _POPULARITY_KEEP = 0.999
 _MAX_CHUNK = 64  # tokens of a prompt's chunk that are counted, the last ones
 _TOKEN_MEMORY = 0.7  # of where a token went before, when it comes again
+_TOKEN_TRUST = 0.9  # in where a token went before, beside what its request does, once it has come often
 _MAX_TOKENS = 4096  # that are remembered, the least recently seen forgotten first
 _MAX_PROMPT = 256  # tokens of a prompt that its expectation is made of
 
@@ -22,8 +23,9 @@ _MAX_PROMPT = 256  # tokens of a prompt that its expectation is made of
 class ExpertSignatures:
     """Expected uses per token of all experts [K], K = layers x experts, for each request.
 
-    The mean of decayed shares at two time scales. Before a request has run, it is expected to go where its tokens went
-    in other requests (a pre-gate by token identity), else where all do.
+    The mean of decayed shares at two time scales; where the next token is known, above all where that token went
+    before, in any request (a pre-gate by token identity). Before a request has run, it is expected to go where the
+    tokens of its prompt went, else where all do.
     """
 
     def __init__(self, num_layers: int, num_experts: int, num_active: int) -> None:
@@ -35,10 +37,17 @@ class ExpertSignatures:
         self._weights: dict[int, Floats] = {}  # request -> [S, 1] decayed tokens
         self._priors: dict[int, Floats] = {}  # request -> [K]
         self._of_token: OrderedDict[int, NDArray[np.float16]] = OrderedDict()
+        self._num_seen: dict[int, int] = {}  # how often each of these tokens came
 
-    def uses(self, requests: Sequence[int]) -> Floats:
-        """Expected uses per token [N, K]."""
-        return np.stack([self._of(request) for request in requests])
+    def uses(self, requests: Sequence[int], next_tokens: Sequence[int | None] | None = None) -> Floats:
+        """Expected uses in the next token [N, K]; `next_tokens`: where it is known which that is."""
+        uses = np.stack([self._of(request) for request in requests])
+        for row, token in zip(uses, next_tokens or (), strict=False):
+            rates = None if token is None else self._of_token.get(token)
+            if token is not None and rates is not None:
+                trust = np.float32(_TOKEN_TRUST * self._num_seen[token] / (self._num_seen[token] + 1))
+                row += trust * (rates - row)
+        return uses
 
     def expect(self, request: int, token_ids: Sequence[int]) -> None:
         """A request has come with this prompt. Told again it is forgotten and expected anew."""
@@ -89,9 +98,13 @@ class ExpertSignatures:
         rates = self._of_token.get(token)
         if rates is None:
             rates = self._of_token[token] = self._popularity.astype(np.float16)
+            self._num_seen[token] = 0
             if len(self._of_token) > _MAX_TOKENS:
-                self._of_token.popitem(last=False)
+                forgotten, _ = self._of_token.popitem(last=False)
+                del self._num_seen[forgotten]
         else:
             self._of_token.move_to_end(token)
-        rates *= np.float16(_TOKEN_MEMORY)
-        rates[keys] += np.float16(1.0 - _TOKEN_MEMORY)
+        self._num_seen[token] += 1
+        share = max(1.0 - _TOKEN_MEMORY, 1.0 / (self._num_seen[token] + 1))  # a mean of the first few
+        rates *= np.float16(1.0 - share)
+        rates[keys] += np.float16(share)

@@ -90,6 +90,7 @@ class SimulatedStep(msgspec.Struct, frozen=True):
     num_reads: int
     queries: int
     hits: int
+    layer_stall_s: tuple[float, ...]  # of each layer with experts
 
 
 def simulate(
@@ -206,10 +207,13 @@ class _Simulation:
         experts = [np.flatnonzero(of_layer).tolist() for of_layer in counts]
         transfer.compute(cost.begin.seconds(num_rows, num_attended))
         self._foretell(-1, experts, step, num_submitted=transfer.num_submitted)
+        layer_stall_s = []
         for index in range(len(experts)):
             between = cost.layer if index else cost.first
             transfer.compute(between.seconds(num_rows, num_attended))
+            stalled_before = cache.stall_s
             self._layer(index, step, chosen[index], counts[index], experts, phase, cost)
+            layer_stall_s.append(cache.stall_s - stalled_before)
         if self._certain is not None:
             self._certain.step_ends()
         if self._foretelling is not None:
@@ -229,6 +233,7 @@ class _Simulation:
             num_reads=transfer.num_reads - num_read,
             queries=counted.queries - before_counted.queries,
             hits=counted.hits - before_counted.hits,
+            layer_stall_s=tuple(layer_stall_s),
         )
 
     def _layer(

@@ -97,7 +97,7 @@ def test_a_group_stays_for_its_quantum_and_a_place_that_falls_free_is_taken():
 
 
 def test_a_prompt_that_waits_begins_beside_a_full_group():
-    scheduler = make(Experts(), max_step_seqs=4, max_num_seqs=8)
+    scheduler = make(Experts(), max_step_seqs=4, max_num_seqs=8, quantum=4)
     decoding(scheduler, ["0a", "0b", "0c", "0d", "0e"])
     scheduler.add(fresh_request(3, "1a"))
     assert "1a" in step(scheduler)

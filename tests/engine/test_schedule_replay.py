@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,26 @@ def test_groups_by_experts_read_less_where_domains_use_different_ones():
     assert aware.num_fetches < 0.7 * fcfs.num_fetches
 
 
+def test_groups_by_their_next_tokens_read_less_where_routing_follows_the_token():
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, 12, size=24 * 60)
+    paths = np.stack([[rng.permutation(NUM_EXPERTS)[:2] for _ in range(3)] for _ in range(12)])
+    trace = RoutingTrace(
+        ids=paths[tokens].astype(np.uint8),
+        seq_off=np.arange(25, dtype=np.int64) * 60,
+        num_prompt=np.full(24, 1, dtype=np.int64),
+        num_experts=NUM_EXPERTS,
+        layers=(0, 1, 2),
+        domains=("",) * 24,
+        token_ids=tokens.astype(np.int64),
+    )
+    config = SchedulerConfig(max_num_seqs=24, max_step_seqs=4)
+    knowing, num_tokens = replay_scheduled(trace, "segment", 8, config)
+    guessing, same = replay_scheduled(replace(trace, token_ids=None), "segment", 8, config)
+    assert num_tokens == same == trace.num_tokens
+    assert knowing.num_fetches < 0.8 * guessing.num_fetches
+
+
 def test_a_run_while_some_wait_ends_when_none_does():
     trace = trace_of([10] * 8)
     _, num_tokens = replay_scheduled(
@@ -118,6 +140,36 @@ def test_a_request_that_has_not_run_is_expected_to_go_where_its_tokens_went():
     assert unknown.argmax() in (3, 6)
     signatures.ended(3)
     np.testing.assert_array_equal(signatures.uses([3])[0], unknown)
+
+
+def test_a_request_whose_next_token_is_known_is_expected_to_go_where_that_token_went():
+    signatures = ExpertSignatures(1, 8, 1)
+    for _ in range(30):
+        signatures.observe([1, 1, 2, 2], [10, 11, 10, 20], np.asarray([[[3]], [[5]], [[3]], [[6]]]))
+    by_itself = signatures.uses([2])[0]
+    assert 0.3 < by_itself[3] < 0.7
+    known, other, never_seen, unknown = signatures.uses([2, 2, 2, 2], [10, 11, 99, None])
+    assert known[3] > 0.85
+    assert other[5] > 0.85
+    np.testing.assert_array_equal(never_seen, by_itself)
+    np.testing.assert_array_equal(unknown, by_itself)
+
+
+def test_a_token_seen_once_is_trusted_less_than_one_seen_often():
+    signatures = ExpertSignatures(1, 8, 1)
+    for _ in range(30):
+        signatures.observe([1, 1], [10, 11], np.asarray([[[3]], [[5]]]))
+    signatures.observe([2], [12], np.asarray([[[7]]]))
+    often, once = signatures.uses([1, 1], [10, 12])
+    assert 0.2 < once[7] < often[3]
+
+
+def test_only_so_many_tokens_are_remembered():
+    signatures = ExpertSignatures(1, 4, 1)
+    for token in range(5000):
+        signatures.observe([1], [token], np.asarray([[[token % 4]]]))
+    assert len(signatures._of_token) == len(signatures._num_seen) == 4096
+    assert signatures._num_seen.keys() == signatures._of_token.keys()
 
 
 def test_what_the_signatures_say_is_a_share():
