@@ -175,6 +175,7 @@ def _of_published(parts: dict[str, Any], name: str) -> RoutingTrace:
     if "is_decode" in parts:
         sums = np.concatenate(([0], np.cumsum(parts["is_decode"] == 0)))
         num_prompt = sums[seq_off[1:]] - sums[seq_off[:-1]]
+    tokens = parts.get("token_id", parts.get("tok_crc32"))  # the latter says which are alike, not what they are
     domain = name.removeprefix(model).lstrip(".").split(".")[0]
     return RoutingTrace(
         ids=ids,
@@ -183,7 +184,7 @@ def _of_published(parts: dict[str, Any], name: str) -> RoutingTrace:
         num_experts=_PUBLISHED[model],
         layers=tuple(int(layer) for layer in parts.get("layer_index", np.arange(ids.shape[1]))),
         domains=(domain,) * num_requests,
-        token_ids=parts["token_id"].astype(np.int64) if "token_id" in parts else None,
+        token_ids=None if tokens is None else tokens.astype(np.int64),
     )
 
 

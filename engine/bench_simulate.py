@@ -71,7 +71,8 @@ def bench_simulate(
     """Calibrate, then each setting in the engine and in the simulation, with the routing of a resident run.
 
     The engine runs twice, and the faster counts. The disk is measured again around each run: the simulated one is as
-    much faster or slower than it was when the calibration was made. `calibration`: one of this machine and model, instead of a new one.
+    much faster or slower than it was when the calibration was made. `calibration`: one of this machine and model,
+    instead of a new one.
     """
     with tempfile.TemporaryDirectory(prefix="foregate-bench-") as scratch:
         if random_shape is not None:

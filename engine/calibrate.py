@@ -144,6 +144,7 @@ def calibrate(subject: Subject, progress: Progress | None = None) -> Calibration
         machine=_machine(),
         model=subject.name,
         experts_format=config.cache.format,
+        dtype=config.dtype,
         is_measured=True,
         num_layers=len(spec.moe.layers),
         num_experts=spec.moe.num_experts,

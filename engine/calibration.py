@@ -79,6 +79,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     machine: str
     model: str
     experts_format: str
+    dtype: str | None = None  # of the other weights; None: not known
     is_measured: bool
     num_layers: int  # with experts
     num_experts: int  # of each

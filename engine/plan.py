@@ -17,18 +17,15 @@ from engine.config import EngineConfig, format_nbytes
 from engine.convert import Progress, expert_layout, packed_path
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.footprint import dense_nbytes, kv_token_nbytes, room_for_experts, streamed_nbytes
+from engine.footprint import dense_nbytes, kv_token_nbytes, room_for_experts
 from engine.machine import Machine, measure_machine
 from engine.synthetic import SyntheticCheckpoint
+from engine.token_costs import calibrated_costs, calibrated_s, expected_s
 from engine.tokenizer import TokenDecoder
 
 _log = logging.getLogger(__name__)
 
 _FORMATS = ("bf16", "int8", "int4")  # of experts, the most exact first
-_OF_MEMORY = 0.85  # of the streaming read, what a step of one sequence reaches
-_LAYER_S, _STEP_S = 150e-6, 1.5e-3  # of a step outside of reading weights
-_CALL_S, _MISS_S = 60e-6, 60e-6  # of bookkeeping where experts are missed: a layer call, a miss
-_UNKNOWN_BANDWIDTH = 8e9  # of memory that could not be measured; half a desktop's
 # What `segment` hits beyond chance, (hits - share) / (1 - share), by slots over one token's experts: the mean over
 # gpt-oss-20b, DeepSeek-V2-Lite, granite-3.0-1b and Qwen1.5-MoE (docs/cache.md)
 _MULTIPLES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
@@ -56,6 +53,7 @@ class ServingPlan(msgspec.Struct, frozen=True, kw_only=True):
     hit_rate_of: str  # what it was taken from
     tokens_per_s: float
     bottleneck: str
+    is_calibrated: bool  # the speed is of costs that `foregate calibrate` measured, not of bandwidths
     memory_bandwidth: float | None
     disk_bandwidth: float | None
     command: str
@@ -74,7 +72,8 @@ class ServingPlan(msgspec.Struct, frozen=True, kw_only=True):
             f"{format_nbytes(self.dense_nbytes)}; keys and values: {format_nbytes(self.kv_nbytes)} for "
             f"{self.kv_tokens} tokens",
             f"expected: {self.tokens_per_s:.1f} tokens/s for one sequence, hit rate {self.hit_rate:.0%}; what it waits "
-            f"for: {self.bottleneck} (memory {memory}, disk {disk}){'; ' + self.why if self.why else ''}",
+            f"for: {self.bottleneck} (memory {memory}, disk {disk}{', calibrated' if self.is_calibrated else ''})"
+            f"{'; ' + self.why if self.why else ''}",
         ]
 
 
@@ -100,7 +99,7 @@ def plan_on(
     machine: Machine, config: EngineConfig, checkpoint: Checkpoint, trace: RoutingTrace | None = None
 ) -> ServingPlan:
     """As `plan_serving`, on a machine that is known."""
-    spec, moe = checkpoint.spec, checkpoint.spec.moe
+    moe = checkpoint.spec.moe
     dtype = "float32" if config.dtype == "auto" else config.dtype
     dense, kv_token = dense_nbytes(checkpoint, dtype), kv_token_nbytes(checkpoint, dtype)
     room = room_for_experts(machine.free_nbytes, config.kv_memory_nbytes, dense)
@@ -116,17 +115,12 @@ def plan_on(
     to_write = 0 if moe is None or packed.exists() else num_experts * record
     why = _refusal(machine, config, dense, given, num_slots, record, to_write, moe is not None)
     hit_rate, hit_rate_of = _hit_rate(num_slots, num_experts, per_token, trace, config)
-    read_bandwidth = (machine.memory_bandwidth or _UNKNOWN_BANDWIDTH) * _OF_MEMORY
-    compute_s = (streamed_nbytes(checkpoint, dtype) + per_token * record) / read_bandwidth
-    compute_s += spec.num_layers * _LAYER_S + _STEP_S
     num_missed = per_token * (1.0 - hit_rate)
-    wait_s = 0.0
-    if num_missed and machine.disk_bandwidth:
-        wait_s = num_missed * record / _link(config, machine.disk_bandwidth)
-    bookkeeping_s = (len(moe.layers) * _CALL_S if moe else 0.0) + num_missed * _MISS_S if num_missed else 0.0
-    bottleneck = max(
-        (compute_s, "memory bandwidth"), (wait_s, "the disk that experts come from"), (bookkeeping_s, "bookkeeping")
-    )[1]
+    costs = calibrated_costs(config, dtype, format, packed, num_experts)
+    if costs is not None and moe is not None:
+        parts = calibrated_s(costs, config, per_token, num_missed)
+    else:
+        parts = expected_s(machine, config, checkpoint, dtype, per_token, num_missed, record)
     return ServingPlan(
         model=config.served_name or checkpoint.directory.resolve().name,
         fits=not why,
@@ -143,8 +137,9 @@ def plan_on(
         packed_nbytes=to_write,
         hit_rate=hit_rate,
         hit_rate_of=hit_rate_of,
-        tokens_per_s=1.0 / (compute_s + wait_s + bookkeeping_s),
-        bottleneck=bottleneck,
+        tokens_per_s=1.0 / sum(parts.values()),
+        bottleneck=max(parts, key=lambda name: parts[name]),
+        is_calibrated=costs is not None,
         memory_bandwidth=machine.memory_bandwidth,
         disk_bandwidth=machine.disk_bandwidth,
         command=_command(config, format, num_slots * record, num_slots < num_experts),
@@ -245,10 +240,6 @@ def _hit_rate(
     share = num_slots / num_experts
     beyond = float(np.interp(num_slots / per_token, _MULTIPLES, _BEYOND_CHANCE))
     return share + (1.0 - share) * beyond, "hit rate as of published models"
-
-
-def _link(config: EngineConfig, disk_bandwidth: float) -> float:
-    return disk_bandwidth if config.cache.link_bandwidth is None else min(disk_bandwidth, config.cache.link_bandwidth)
 
 
 def _command(config: EngineConfig, format: str, expert_memory: int, is_short: bool) -> str:

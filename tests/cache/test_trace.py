@@ -109,7 +109,13 @@ def test_json_and_published_layouts_are_read(tmp_path: Path):
     np.savez(path, ids=TRACE.ids, seq_off=TRACE.seq_off.astype(np.int32), is_decode=np.asarray([0, 0] + [1] * 10))
     read = load(path)
     assert (read.num_experts, read.domains[0], read.num_prompt.tolist()) == (32, "mmlu", [2, 0, 0])
+    assert read.token_ids is None
     assert [len(load_all(tmp_path)), len(load_all(path))] == [2, 1]
+    likeness = np.arange(12, dtype=np.uint32) + 2**31
+    np.savez(path, ids=TRACE.ids, seq_off=TRACE.seq_off.astype(np.int32), tok_crc32=likeness)
+    tokens_read = load(path).token_ids
+    assert tokens_read is not None
+    assert tokens_read.tolist() == likeness.tolist()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no routing traces"):
         load_all(tmp_path / "empty")
