@@ -16,13 +16,23 @@ from cache.prefetcher import Prefetcher
 from engine.checkpoint import Checkpoint
 from engine.config import CacheConfig, EngineConfig
 from engine.errors import ConfigError
-from engine.layers.foresight import MAX_DISTANCE, ExactForesight, Gate, LearnedForesight, RoutingObserver
+from engine.layers.foresight import (
+    MAX_DISTANCE,
+    ExactForesight,
+    Gate,
+    LearnedForesight,
+    Observers,
+    RoutingObserver,
+    StreamedLayers,
+)
 from engine.layers.moe import ExpertArena
 from engine.loader import expert_keys
 from engine.models.spec import ModelSpec, MoeSpec
 from engine.path_router import load_path_router, path_router_path
 from engine.probe_file import load_probe, probe_path
 from kernels.backend import Backend, Linear
+
+STREAM = "stream"
 
 
 class StackedGate:
@@ -38,7 +48,7 @@ class StackedGate:
         if linear is None:
             return None
         logits = linear(x).view(len(x), -1, self._num_experts)
-        return np.asarray(logits.transpose(0, 1).numpy(), dtype=np.float32)
+        return np.asarray(logits.transpose(0, 1).cpu().numpy(), dtype=np.float32)
 
 
 def make_foresight(
@@ -46,14 +56,15 @@ def make_foresight(
 ) -> RoutingObserver | None:
     """What reads experts ahead. Raises `ConfigError` for a name that is not known.
 
-    The configured predictor is off, one of `cache.predictors.PREDICTORS`, several joined by +, or auto, all that the
-    model has, fused. A pre-gated model's routing is known, and needs none; where all experts fit in memory nothing is
-    read ahead.
+    The configured predictor is off, one of `cache.predictors.PREDICTORS`, `stream` (whole layers where most of their
+    experts are needed), several joined by +, or auto, all that the model has, fused. A pre-gated model's routing is
+    known, and needs none; where all experts fit in memory nothing is read ahead.
     """
     predictor = config.cache.predictor
-    names = list(PREDICTORS) if predictor == "auto" else predictor.split("+")
-    if predictor != "off" and (unknown := [name for name in names if name not in PREDICTORS]):
-        raise ConfigError(f"unknown predictor {unknown[0]!r}; known: auto, off, {', '.join(PREDICTORS)}, or a+b")
+    names = [*PREDICTORS, STREAM] if predictor == "auto" else predictor.split("+")
+    if predictor != "off" and (unknown := [name for name in names if name not in (*PREDICTORS, STREAM)]):
+        known_names = ", ".join((*PREDICTORS, STREAM))
+        raise ConfigError(f"unknown predictor {unknown[0]!r}; known: auto, off, {known_names}, or a+b")
     moe = spec.moe
     if predictor == "off" or experts is None or moe is None:
         return None
@@ -63,6 +74,10 @@ def make_foresight(
         return ExactForesight(prefetcher, keys)
     if experts.cache.holds_all:
         return None
+    stream = [StreamedLayers(experts.cache, keys)] if STREAM in names else []
+    names = [name for name in names if name != STREAM]
+    if not names:
+        return Observers(stream)
     gates = make_gates(names, checkpoint, backend, config.cache)
     path = load_path_router(path_router_path(config.cache, checkpoint), checkpoint) if PATH in names else None
     known = PREDICTORS.keys() - LEARNED | gates.keys() | ({PATH} if path is not None else set())
@@ -72,7 +87,7 @@ def make_foresight(
         )
     shape = (len(moe.layers), moe.num_experts, moe.num_active)
     fusion = Fusion([PREDICTORS[name](*shape) for name in names if name in known], shape, MAX_DISTANCE)
-    return LearnedForesight(prefetcher, keys, fusion, gates, path)
+    return Observers([LearnedForesight(prefetcher, keys, fusion, gates, path), *stream])
 
 
 def make_gates(names: Sequence[str], checkpoint: Checkpoint, backend: Backend, config: CacheConfig) -> dict[str, Gate]:

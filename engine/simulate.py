@@ -13,6 +13,7 @@ from cache.certain_prefetch import CertainPrefetch
 from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertStore
+from cache.layer_stream import LayerStream
 from cache.lease import Phase
 from cache.packed_file import PackedHeader
 from cache.prefetcher import Prefetcher
@@ -24,13 +25,14 @@ from engine.errors import ConfigError
 from engine.simulated_predictor import MAX_RECALL_LOSS, ForetellingPrefetch
 from engine.simulated_transfer import Arrival, SimulatedHost, SimulatedTransfer
 
-PREDICTORS = ("off", "oracle", "auto")
+PREDICTORS = ("off", "stream", "oracle", "auto")
 
 Steps = Callable[[], Iterable[Step]]
 
 
 class SimulationSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked about. `predictor` auto: one whose `recall` and `precision` are those of a layer ahead."""
+    """What is asked about. `predictor` auto: one whose `recall` and `precision` are those of a layer ahead, and, as in
+    `stream` alone, whole layers where most of their experts are needed."""
 
     num_slots: int
     policy: str = "segment"
@@ -183,7 +185,10 @@ class _Simulation:
         self._row_request = np.repeat(np.arange(trace.num_requests), np.diff(trace.seq_off))
         self._certain: CertainPrefetch | None = None
         self._foretelling: ForetellingPrefetch | None = None
+        self._stream: LayerStream | None = None
         prefetcher = Prefetcher(self._cache, len(trace.layers), clock=self._transfer.clock)
+        if settings.predictor in ("stream", "auto") and not self._cache.holds_all:
+            self._stream = LayerStream(self._cache, self._keys)
         if settings.predictor == "oracle":
             self._certain = CertainPrefetch(prefetcher, self._keys, always=True)
         elif settings.predictor == "auto" and not self._cache.holds_all:
@@ -277,6 +282,11 @@ class _Simulation:
                 self._foretelling.layer_begins(index)
             if self._foretelling.is_on:
                 self._transfer.compute(offload.foretell_s)
+        if self._stream is not None:
+            if index < 0:
+                self._stream.step_begins(len(step.rows))
+            else:
+                self._stream.layer_begins(index, experts[index])
         self._transfer.compute(offload.prefetch_s * (self._transfer.num_submitted - num_submitted))
 
 

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.certain_prefetch import CertainPrefetch
+from cache.expert_cache import ExpertCache
 from cache.expert_key import ExpertKey
+from cache.layer_stream import LayerStream
 from cache.predictors.fusion import Fusion, used_by_any
 from cache.predictors.path import PATH
 from cache.predictors.predictor import View
@@ -31,7 +33,10 @@ class RoutingObserver(Protocol):
         """The tokens are known, and the routing of all layers where the model is pre-gated."""
 
     def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
-        """A layer is routed by x [T, H], its misses are on their way, its experts not computed yet."""
+        """A layer is routed by x [T, H], its misses are on their way, its experts not computed yet.
+
+        `routing.ids` are in the CPU's memory; all else is where the model computes.
+        """
 
     def step_ends(self) -> None:
         """The last layer is computed."""
@@ -94,6 +99,26 @@ class ExactForesight:
 
     def request_ends(self, number: int) -> None:
         """Nothing: every step is known anew."""
+
+
+class StreamedLayers:
+    """Of any model: whole layers ahead in steps that need most experts of each, as a prompt's chunks do."""
+
+    def __init__(self, cache: ExpertCache, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        """`keys`: of each layer with experts, in the router's order."""
+        self._stream = LayerStream(cache, keys)
+
+    def step_begins(self, batch: Batch) -> None:
+        self._stream.step_begins(len(batch.requests))
+
+    def layer_begins(self, index: int, x: Tensor, routing: Routing, batch: Batch) -> None:
+        self._stream.layer_begins(index, routing.experts)
+
+    def step_ends(self) -> None:
+        """Nothing: a chunk may be the last."""
+
+    def request_ends(self, number: int) -> None:
+        """Nothing: every step is looked at anew."""
 
 
 class OracleForesight(ExactForesight):
@@ -177,7 +202,7 @@ class LearnedForesight:
         for distance, counts in self._fusion.observe(index, self._view, chosen).items():
             self._prefetcher.foretold(distance, *counts)
         if index + 1 < len(self._keys) and self._is_of_use(index):
-            few = x if len(self._rows) == len(x) else x[torch.from_numpy(self._rows)]
+            few = x if len(self._rows) == len(x) else x[torch.from_numpy(self._rows).to(x.device)]
             outputs = {name: gate(index, few) for name, gate in self._gates.items()}
             known = {name: output for name, output in outputs.items() if output is not None}
             self._foretell(View(index, self._view.requests, self._view.token_ids, self._view.gates | known))

@@ -198,3 +198,15 @@ def test_what_is_read_ahead_changes_no_bit_on_a_device(checkpoint, expected, mak
     cache = {"memory_nbytes": slots("olmoe", 9), "predictor": predictor}
     engine = make_on(checkpoint("olmoe")[0], device, cache=cache)
     assert results(engine) == expected("olmoe")
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_prompts_that_stream_whole_layers_have_the_same_bits_under_every_ordering(
+    checkpoint, expected, make_on, name: str
+):
+    cache = {"memory_nbytes": slots("olmoe", 12), "predictor": "stream"}
+    engine = make_on(checkpoint("olmoe")[0], SimDevice(adversary=ADVERSARIES[name]), cache=cache)
+    assert results(engine) == expected("olmoe")
+    ahead = engine.stats().expert_cache.prefetch[1]
+    assert ahead.issued > 0
+    assert ahead.useful + ahead.late > 0

@@ -252,7 +252,7 @@ def test_what_is_no_calibration_is_named(tmp_path: Path):
     [
         ({"policy": "best"}, "unknown cache policy 'best'; known: belady"),
         ({"num_slots": 0}, "at least one slot"),
-        ({"predictor": "crystal"}, "unknown predictor 'crystal'; known: off, oracle, auto"),
+        ({"predictor": "crystal"}, "unknown predictor 'crystal'; known: off, stream, oracle, auto"),
         ({"recall": 0.0}, "recall is above"),
         ({"concurrency": 0}, "at least 1"),
         ({"link_bandwidth": 0.0}, "carries nothing"),
@@ -282,3 +282,26 @@ def test_costs_are_fitted_despite_what_disturbs_some_measurements():
     assert fitted[1] == pytest.approx(2e-3, rel=0.05)
     for row, time in zip(features, times, strict=True):
         assert np.dot(fitted, row) == pytest.approx(time, rel=0.1)
+
+
+@pytest.mark.parametrize("reads_s", [0.2, 0.5, 1.0, 2.0])
+def test_prompts_that_stream_whole_layers_wait_less(reads_s: float):
+    # all prompt, routed at random: a chunk needs every expert
+    trace = random_trace(0, [128], num_layers=6, num_experts=16, active=4, num_prompt=128)
+    costs = cost_of(layer=4.0)
+    calibration = calibration_of(trace, prefill=costs, disk=LinkCost(latency_s=0.0, rates={1: RECORD / reads_s}))
+    found = {}
+    for predictor in ("off", "stream", "oracle"):
+        config = SimulationSettings(num_slots=36, predictor=predictor, prefill_chunk=32)  # of 96: two layers and some
+        found[predictor] = simulate(trace, calibration, config).prefill
+    assert found["stream"].stall_share < 0.95 * found["off"].stall_share
+    assert found["stream"].tokens_per_s > 1.03 * found["off"].tokens_per_s
+    # nothing is waited for that who knows the routing would not wait for
+    assert found["stream"].stall_share <= found["oracle"].stall_share
+
+
+def test_streaming_layers_leaves_decode_alone():
+    trace = local_trace(3, [120], num_experts=32)
+    settings = [SimulationSettings(num_slots=40, predictor=predictor) for predictor in ("off", "stream")]
+    off, stream = (simulate(trace, calibration_of(trace), each).decode for each in settings)
+    assert stream == off
