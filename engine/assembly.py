@@ -12,32 +12,33 @@ from pathlib import Path
 import torch
 
 from cache.device.device import Device
-from cache.device.sim import SimDevice
 from engine.block_manager import BlockManager
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.constraints import Constraints
 from engine.convert import Progress
-from engine.device_experts import DeviceExperts, device_room, open_named
+from engine.device_backend import backend_for, on_device
+from engine.device_experts import device_room, open_named
+from engine.device_memory import with_shared_memory
 from engine.errors import ConfigError
 from engine.expert_group import ExpertGroup
 from engine.footprint import dense_nbytes, room_for_experts
 from engine.foresight import make_foresight
+from engine.free_memory import free_memory_nbytes
 from engine.kv_cache import BLOCK_SIZE, KVCache
 from engine.kv_plan import plan_kv
 from engine.layers.foresight import Observers, RoutingObserver
 from engine.layers.moe import ExpertArena
 from engine.live_experts import LiveExperts
-from engine.loader import expert_keys, free_memory_nbytes, kv_dtype, load_decoder, open_experts
+from engine.loader import expert_keys, kv_dtype, load_decoder, open_experts
 from engine.messages import ModelInfo
 from engine.model_runner import ModelRunner
 from engine.models.spec import ModelSpec
 from engine.recordings import Recordings
 from engine.scheduler import FcfsScheduler
 from engine.schedulers import SCHEDULERS
-from engine.stream_backend import StepEnd, StreamBackend
 from engine.tokenizer import TokenDecoder, Tokenizer
-from kernels.backend import Backend, choose_backend
+from kernels.backend import Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +85,12 @@ def assemble(
         raise ConfigError(f"unknown scheduler {config.scheduler.policy!r}; known: {', '.join(SCHEDULERS)}")
     num_threads = config.num_threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(num_threads)
-    try:
-        backend = backend or choose_backend(config.kernels, num_threads)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(str(error)) from error
+    device = device or open_named(config.device)
+    backend = backend or backend_for(config, device, num_threads)
+    config = with_shared_memory(config, checkpoint, device)
     dtype = kv_dtype(config.dtype)
     num_blocks, max_model_len = plan_kv(config, spec, dtype)
     tokenizer = tokenizer or Tokenizer(config.model)
-    device = _device(config, device)
     available = _room(checkpoint, config, device)
     group = ExpertGroup(config, spec.moe, rank) if config.expert_parallel > 1 else None
     if group is not None and meeting is not None:
@@ -101,12 +100,20 @@ def assemble(
         experts = open_experts(checkpoint, config.cache, available, progress, device=device, group=group)
     if group is not None and meeting is None:
         group.lead()  # now that the packed experts are there
-    backend, waiter = _on_device(config, backend, device, experts)
+    backend, waiter = on_device(config, backend, device, experts, num_threads)
     foresight = None if group is not None else make_foresight(config, spec, experts, checkpoint, backend)
     live = None if config.scheduler.policy == "fcfs" else _live_experts(spec, experts)
     observers = Observers([one for one in (waiter, foresight, live, observer) if one is not None])
     recordings = Recordings(config.record_trace, spec.moe, observers)
-    model = load_decoder(checkpoint, spec, config.dtype, max_model_len, backend, experts, progress, observer=observers)
+    try:
+        model = load_decoder(
+            checkpoint, spec, config.dtype, max_model_len, backend, experts, progress, observer=observers
+        )
+        kv_cache = KVCache(spec, num_blocks, dtype, backend.device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the device has no room beside its experts: {error}; lower --expert-memory or --kv-memory"
+        ) from error
     blocks = BlockManager(num_blocks, BLOCK_SIZE)
     eos_token_ids = frozenset(checkpoint.eos_token_ids() or _as_ids(tokenizer.eos_token_id))
     assembly = Assembly(
@@ -133,7 +140,7 @@ def assemble(
         live=live,
         observers=observers,
         recordings=recordings,
-        runner=ModelRunner(model, KVCache(spec, num_blocks, dtype), group),
+        runner=ModelRunner(model, kv_cache, group),
         blocks=blocks,
         scheduler=SCHEDULERS[config.scheduler.policy](config.scheduler, blocks, live, time.perf_counter),
         constraints=Constraints(tokenizer.to_json, spec.vocab_size, sorted(eos_token_ids), num_threads),
@@ -144,33 +151,12 @@ def assemble(
     return assembly
 
 
-def _device(config: EngineConfig, device: Device | None) -> Device | None:
-    device = device or open_named(config.device)
-    if device is not None and not isinstance(device, SimDevice):
-        raise ConfigError("serving from a GPU is not put together yet (docs/gpu.md): leave out --device")
-    return device
-
-
 def _room(checkpoint: Checkpoint, config: EngineConfig, device: Device | None) -> int:
     """Bytes that experts may take, of memory or of the device."""
     dense = dense_nbytes(checkpoint, config.dtype)
     if device is None:
         return room_for_experts(free_memory_nbytes(), config.kv_memory_nbytes, dense)
     return device_room(device, config.kv_memory_nbytes, dense)
-
-
-def _on_device(
-    config: EngineConfig, backend: Backend, device: Device | None, experts: ExpertArena | None
-) -> tuple[Backend, RoutingObserver | None]:
-    """-> the backend whose calls run where the experts' slots are, and what waits there for the end of a step."""
-    if isinstance(device, SimDevice) and isinstance(experts, DeviceExperts):
-        on_stream = StreamBackend(backend, device, experts.pool.region)
-        if config.cache.cpu_experts:
-            experts.share_with_cpu(backend, on_stream.one_at_a_time)
-        return on_stream, StepEnd(device)
-    if config.cache.cpu_experts:
-        raise ConfigError("experts are computed on the CPU anyway: leave out --cpu-experts, or name a device")
-    return backend, None
 
 
 def _live_experts(spec: ModelSpec, experts: ExpertArena | None) -> LiveExperts | None:

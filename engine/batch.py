@@ -17,7 +17,7 @@ from kernels.backend import Routing, Sequences
 class Batch:
     """T tokens of S sequences."""
 
-    token_ids: Tensor  # [T] int64
+    token_ids: Tensor  # [T] int64, in the CPU's memory
     sequences: Sequences
     logit_rows: Tensor | None  # int64 [sampled], rows whose next token is wanted; None: all of them
     phase: Phase
@@ -25,8 +25,11 @@ class Batch:
     routings: list[Routing] | None = None  # of each layer with experts, where a pre-gate has made them
 
     @classmethod
-    def build(cls, output: SchedulerOutput, *, all_logits: bool = False) -> Batch:
-        """From what was scheduled. Logits are wanted of the last token of each sequence that has caught up."""
+    def build(cls, output: SchedulerOutput, *, all_logits: bool = False, device: torch.device | str = "cpu") -> Batch:
+        """From what was scheduled. Logits are wanted of the last token of each sequence that has caught up.
+
+        `device`: what the model computes on. Token ids stay in the CPU's memory.
+        """
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -47,11 +50,13 @@ class Batch:
             context.append(end)
             if end == request.num_tokens:
                 logit_rows.append(len(token_ids) - 1)
-        sequences = Sequences(*map(_int32, (positions, slots, row_begin, context, block_begin, blocks)))
+        columns = (positions, slots, row_begin, context, block_begin, blocks)
+        sequences = Sequences(*(_int32(column).to(device) for column in columns))
+        are_all = all_logits or len(logit_rows) == len(token_ids)
         return cls(
             token_ids=torch.tensor(token_ids),
             sequences=sequences,
-            logit_rows=None if all_logits or len(logit_rows) == len(token_ids) else torch.tensor(logit_rows).long(),
+            logit_rows=None if are_all else torch.tensor(logit_rows).long().to(device),
             phase="decode" if len(token_ids) == len(context) else "prefill",
             requests=requests,
         )

@@ -60,6 +60,7 @@ class _TimedBackend:
     def __init__(self, backend: Backend) -> None:
         self.inner = backend
         self.name = backend.name
+        self.device = backend.device
         self.seconds = 0.0
         self.dense_nbytes = 0
         for name in ("rms_norm", "expert_mlp", "combine"):

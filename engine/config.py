@@ -99,6 +99,7 @@ class EngineConfig:
     dtype: Dtype = "auto"
     max_model_len: int | None = None  # None: what the model allows and KV memory holds
     kv_memory_nbytes: int = 512 * 1024**2
+    share_memory: bool = False  # on a device, keys and values get what serves the most tokens instead
     num_threads: int | None = None  # None: one for each core that this process may use
     record_trace: Path | None = None  # which experts tokens were routed to, written when the engine ends
     device: str = "cpu"  # where experts are computed: cpu, or a name in cache.device.DEVICES
@@ -138,7 +139,8 @@ class EngineConfig:
         self.scheduler.check()
 
     def resolved(self, has_experts: bool) -> EngineConfig:
-        """With `auto` settled: on a CPU float32 arithmetic and bf16 experts, which are the checkpoint's own bits."""
-        dtype: Dtype = "float32" if self.dtype == "auto" else self.dtype
+        """With `auto` settled: experts bf16, the checkpoint's own bits; dense weights float32, on a GPU bf16."""
+        exact: Dtype = "bfloat16" if self.device == "cuda" else "float32"
+        dtype = exact if self.dtype == "auto" else self.dtype
         format = "bf16" if self.cache.format == "auto" and has_experts else self.cache.format
         return replace(self, dtype=dtype, cache=replace(self.cache, format=format))

@@ -16,6 +16,7 @@ from cache.transfer import TransferEngine
 from cache.transfer_queue import TOGETHER_NBYTES
 from engine.config import CacheConfig, format_nbytes
 from engine.errors import ConfigError
+from engine.free_memory import free_memory_nbytes
 from engine.layers.cpu_experts import CpuExperts
 from engine.layers.moe import ExpertArena
 from kernels.backend import Backend
@@ -24,6 +25,7 @@ from kernels.quant.layout import RecordLayout
 _log = logging.getLogger(__name__)
 
 _SPARE_SHARE = 0.1  # of the device, for activations and what compiled kernels take
+_PINNED_SHARE = 0.6  # of free host memory, where nobody says how much a GPU's tier below may take
 
 
 def open_named(name: str) -> Device | None:
@@ -44,7 +46,7 @@ class DeviceExperts(ExpertArena):
     ) -> None:
         """Raises `ConfigError` if the device or pinned memory has no room."""
         num_passing = config.num_io_threads * max(1, TOGETHER_NBYTES // layout.nbytes)  # at most, on their way up
-        num_kept = min((config.host_memory_nbytes or 0) // layout.nbytes, len(store))
+        num_kept = min(_pinned_nbytes(config, device) // layout.nbytes, len(store))
         try:
             self.pool = DevicePool(device, num_slots, layout.nbytes)
             self.tier = PinnedTier(
@@ -70,6 +72,13 @@ class DeviceExperts(ExpertArena):
     def share_with_cpu(self, backend: Backend, lock: threading.Lock | None = None) -> None:
         """Missing experts may be computed by this backend of the CPU; see `CpuExperts`."""
         self.on_cpu = CpuExperts(self.cache, self.tier, backend, self.records.layout, lock)
+
+
+def _pinned_nbytes(config: CacheConfig, device: Device) -> int:
+    """Of the records that host memory keeps: as configured, else what a GPU's host has to spare."""
+    if config.host_memory_nbytes is not None or device.tensors_on == "cpu":
+        return config.host_memory_nbytes or 0
+    return int(free_memory_nbytes() * _PINNED_SHARE)
 
 
 def device_room(device: Device, kv_nbytes: int, dense_nbytes: int) -> int:

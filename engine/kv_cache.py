@@ -22,12 +22,14 @@ class KVCache:
     commits pages when they are first written.
     """
 
-    def __init__(self, spec: ModelSpec, num_blocks: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: ModelSpec, num_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         heads, dim = spec.num_kv_heads, spec.head_dim
         self._layers = [
             (
-                torch.zeros(num_blocks, heads, dim, BLOCK_SIZE, dtype=dtype),
-                torch.zeros(num_blocks, heads, BLOCK_SIZE, dim, dtype=dtype),
+                torch.zeros(num_blocks, heads, dim, BLOCK_SIZE, dtype=dtype, device=device),
+                torch.zeros(num_blocks, heads, BLOCK_SIZE, dim, dtype=dtype, device=device),
             )
             for _ in range(spec.num_kv_layers)
         ]

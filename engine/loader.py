@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,8 +68,8 @@ def load_decoder(
     lm_head = backend.make_linear(head, None, DENSE_FORMATS[dtype])
     pregate = None if spec.pregate is None else loader.pregate(spec.pregate)
     checkpoint.close()
-    embedding = embedding if dtype == "float32" else embedding.to(torch.bfloat16)
-    return Decoder(backend, embedding, layers, norm, lm_head, spec.rms_norm_eps, pregate, observer)
+    embedding = (embedding if dtype == "float32" else embedding.to(torch.bfloat16)).to(backend.device)
+    return Decoder(backend, embedding, layers, norm.to(backend.device), lm_head, spec.rms_norm_eps, pregate, observer)
 
 
 class _DenseLoader:
@@ -128,7 +127,8 @@ class _DenseLoader:
         moe = self._spec.moe
         assert moe is not None
         routers = [self._router(f"{prefix}.routers.{layer}", moe, norm, bias=True) for layer in moe.layers]
-        return Pregate(self._backend, inward, torch.ones(self._spec.hidden_size), layers, routers, eps)
+        ones = torch.ones(self._spec.hidden_size, device=self._backend.device)
+        return Pregate(self._backend, inward, ones, layers, routers, eps)
 
     def _linear(
         self, parts: list[tuple[str, int]], num_inputs: int, formats: Mapping[str, str], *, bias: bool = False
@@ -193,7 +193,9 @@ class _DenseLoader:
 
     def _layer_router(self, layer: int, moe: MoeSpec, norm: Tensor) -> Router:
         if self._spec.pregate is not None:
-            return PregatedRouter(moe.layers.index(layer), self._backend, norm, self._spec.rms_norm_eps)
+            return PregatedRouter(
+                moe.layers.index(layer), self._backend, norm.to(self._backend.device), self._spec.rms_norm_eps
+            )
         return LayerwiseRouter(self._router(moe.router.format(layer=layer), moe, norm, bias=moe.router_bias))
 
     def _router(self, name: str, moe: MoeSpec, norm: Tensor, *, bias: bool) -> RouterKernel:
@@ -282,15 +284,3 @@ def _host_tier(store: ExpertStore, config: CacheConfig, num_experts: int) -> Hos
             f"({format_nbytes(store.record_nbytes)}); raise --host-memory or leave it out"
         )
     return HostTier(store, num_slots, exclusive=config.exclusive_tiers)
-
-
-def free_memory_nbytes() -> int:
-    """Memory that can be taken without swapping, as the system estimates it, within a cgroup's limit if any."""
-    available = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, max(0, int(text) - int(used.read_text())))
-    return available

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from engine.loader import free_memory_nbytes
+from engine.free_memory import free_memory_nbytes
 from kernels.backend import choose_backend
 from kernels.cpu.native import NativeBackend
 

@@ -30,7 +30,7 @@ class ModelRunner:
         self._group = group
 
     def run(self, output: SchedulerOutput, *, all_logits: bool = False) -> Tensor:
-        """-> float32 logits [n, V] of the sequences that have caught up, in batch order; or of every token.
+        """-> float32 logits [n, V] of the sequences that have caught up, in batch order; or of every token; on the CPU.
 
         Scores the prompt tokens of the requests that want it.
 
@@ -38,12 +38,12 @@ class ModelRunner:
         room for so many tokens; the step may then be run again.
         """
         try:
-            batch = Batch.build(output, all_logits=all_logits)
+            batch = Batch.build(output, all_logits=all_logits, device=self.model.embedding.device)
             if self._group is not None:
                 self._group.send(batch)
             residual = self.model.residual(batch, self._kv_cache)
             score_prompts(output, residual, self.model.logits)
-            return self.model.logits(residual if batch.logit_rows is None else residual[batch.logit_rows])
+            return self.model.logits(residual if batch.logit_rows is None else residual[batch.logit_rows]).cpu()
         except torch.OutOfMemoryError as error:
             raise DeviceOutOfMemory(str(error)) from error
 

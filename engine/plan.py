@@ -15,9 +15,11 @@ from cache.trace import RoutingTrace
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, format_nbytes
 from engine.convert import Progress, expert_layout, packed_path
+from engine.device_experts import open_named
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.footprint import dense_nbytes, kv_token_nbytes, room_for_experts
+from engine.hit_rate import expected_hit_rate
 from engine.machine import Machine, measure_machine
 from engine.synthetic import SyntheticCheckpoint
 from engine.token_costs import calibrated_costs, calibrated_s, expected_s
@@ -26,10 +28,6 @@ from engine.tokenizer import TokenDecoder
 _log = logging.getLogger(__name__)
 
 _FORMATS = ("bf16", "int8", "int4")  # of experts, the most exact first
-# What `segment` hits beyond chance, (hits - share) / (1 - share), by slots over one token's experts: the mean over
-# gpt-oss-20b, DeepSeek-V2-Lite, granite-3.0-1b and Qwen1.5-MoE (docs/cache.md)
-_MULTIPLES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
-_BEYOND_CHANCE = (0.0, 0.12, 0.30, 0.48, 0.57, 0.66, 0.75)
 _MAX_TRACE_TOKENS = 2000
 
 
@@ -90,9 +88,13 @@ def plan_serving(config: EngineConfig, checkpoint: Checkpoint, trace: RoutingTra
     `trace`: recorded routing of the model, for its own hit rate instead of that of published models. Raises
     `ConfigError` for a trace of another model and for formats that cannot be.
     """
+    return plan_on(_measured(config, checkpoint), config, checkpoint, trace)
+
+
+def _measured(config: EngineConfig, checkpoint: Checkpoint) -> Machine:
     near = packed_path(checkpoint, "int8", config.cache.packed_dir).parent
     files = [*near.glob("experts.*.safetensors"), *checkpoint.directory.glob("*.safetensors")]
-    return plan_on(measure_machine(near, files, config.num_threads), config, checkpoint, trace)
+    return measure_machine(near, files, config.num_threads)
 
 
 def plan_on(
@@ -100,7 +102,7 @@ def plan_on(
 ) -> ServingPlan:
     """As `plan_serving`, on a machine that is known."""
     moe = checkpoint.spec.moe
-    dtype = "float32" if config.dtype == "auto" else config.dtype
+    dtype = config.resolved(moe is not None).dtype
     dense, kv_token = dense_nbytes(checkpoint, dtype), kv_token_nbytes(checkpoint, dtype)
     room = room_for_experts(machine.free_nbytes, config.kv_memory_nbytes, dense)
     num_experts = per_token = 0
@@ -157,10 +159,16 @@ def planned_engine(
     config: EngineConfig, progress: Progress | None = None, *, tokenizer: TokenDecoder | None = None
 ) -> Engine:
     """An engine as planned, and what to expect of it in the log."""
-    plan = plan_serving(config, Checkpoint(config.model))
-    for line in plan.lines():
-        _log.log(logging.INFO if plan.fits else logging.WARNING, "%s", line)
-    return Engine(with_plan(config, plan), progress, tokenizer=tokenizer)
+    checkpoint = Checkpoint(config.model)
+    device = open_named(config.device)
+    if device is not None and device.tensors_on != "cpu":  # what a CPU would make of it says nothing of a GPU's speed
+        plan = plan_on(replace(_measured(config, checkpoint), free_nbytes=device.memory()[0]), config, checkpoint)
+        _log.info("%s", plan.lines()[0])
+    else:
+        plan = plan_serving(config, checkpoint)
+        for line in plan.lines():
+            _log.log(logging.INFO if plan.fits else logging.WARNING, "%s", line)
+    return Engine(with_plan(config, plan), progress, tokenizer=tokenizer, device=device)
 
 
 def _format(config: EngineConfig, checkpoint: Checkpoint, budget: int, num_experts: int) -> str:
@@ -237,9 +245,7 @@ def _hit_rate(
         last = int(np.searchsorted(trace.seq_off, _MAX_TRACE_TOKENS))
         part = trace.select(0, max(1, min(last, trace.num_requests)))
         return replay(part, config.cache.policy, num_slots).hit_rate, "hit rate of the trace"
-    share = num_slots / num_experts
-    beyond = float(np.interp(num_slots / per_token, _MULTIPLES, _BEYOND_CHANCE))
-    return share + (1.0 - share) * beyond, "hit rate as of published models"
+    return expected_hit_rate(num_slots, num_experts, per_token), "hit rate as of published models"
 
 
 def _command(config: EngineConfig, format: str, expert_memory: int, is_short: bool) -> str:

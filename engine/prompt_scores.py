@@ -35,7 +35,7 @@ def score_prompts(output: SchedulerOutput, residual: Tensor, logits: Callable[[T
 def _scores(logits: Tensor, targets: list[int], num_top: int) -> list[list[tuple[int, float]]]:
     """Logits [n, V] -> for each row (id, natural-log probability) of its target, then of the likeliest ones."""
     logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor(targets)[:, None])[:, 0].tolist()
+    chosen = logprobs.gather(1, torch.tensor(targets).to(logits.device)[:, None])[:, 0].tolist()
     top = logprobs.topk(num_top)
     return [
         [(target, logprob), *zip(ids, values, strict=True)]

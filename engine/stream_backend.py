@@ -34,10 +34,12 @@ class StreamBackend:
     """
 
     name: str
+    device: torch.device
 
     def __init__(self, inner: Backend, device: Device, region: Callable[[int], Region]) -> None:
         """`region`: where a slot's record lies."""
         self.name = f"{inner.name} on {device.name}"
+        self.device = inner.device
         self.one_at_a_time = threading.Lock()  # of the kernels' callers: they share one thread pool
         self._inner = inner
         self._device = device

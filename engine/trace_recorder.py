@@ -120,7 +120,7 @@ class TraceRecorder:
         shape = (len(self._moe.layers), -1, self._moe.num_active)
         ids = [np.frombuffer(b"".join(layers), dtype=np.int32).reshape(shape) for _, layers in self._steps]
         tokens = [
-            (np.asarray(batch.requests), batch.sequences.positions.numpy(), batch.token_ids.numpy())
+            (np.asarray(batch.requests), batch.sequences.positions.cpu().numpy(), batch.token_ids.numpy())
             for batch, _ in self._steps
         ]
         columns = [np.concatenate(column) for column in zip(*tokens, strict=True)]

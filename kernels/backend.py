@@ -66,6 +66,13 @@ class Routing:
         experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
         return cls(ids, weights, experts.tolist(), F.pad(counts.cumsum(0), (1, 0)).int(), order.int(), len(flat))
 
+    def on_host(self) -> Routing:
+        """Itself, or a copy in the CPU's memory."""
+        if self.ids.device.type == "cpu":
+            return self
+        ids, weights, row_begin, positions = (x.cpu() for x in (self.ids, self.weights, self.row_begin, self.positions))
+        return Routing(ids, weights, self.experts, row_begin, positions, self.num_positions)
+
     def copy(self) -> Routing:
         """One that holds when the router is called again."""
         tensors = (self.ids.clone(), self.weights.clone())
@@ -127,9 +134,10 @@ class MlpKernel(Protocol):
 
 
 class Backend(Protocol):
-    """All float32 in and out. Results do not depend on how many rows a call has."""
+    """All float32 in and out, on one device. Results do not depend on how many rows a call has."""
 
     name: str
+    device: torch.device  # that all tensors are on, but for weights that are to be packed
 
     def make_linear(self, weight: Tensor, bias: Tensor | None, format: str) -> Linear:
         """Pack a weight [N, K] in the given format."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class TorchBackend:
     """See `kernels.backend.Backend`."""
 
     name = "reference"
+    device = torch.device("cpu")
 
     def make_linear(self, weight: Tensor, bias: Tensor | None, format: str) -> Linear:
         return _Linear(weight, bias, format)

@@ -11,7 +11,6 @@ from typing import Any, Protocol, get_type_hints
 
 from engine.config import EngineConfig
 from server.cli_options import (
-    KV_MEMORY,
     CachePolicy,
     Dtype,
     ExclusiveTiers,
@@ -19,10 +18,10 @@ from server.cli_options import (
     Experts,
     HostMemory,
     Kernels,
-    KvMemory,
     Layers,
     LinkBandwidth,
     Model,
+    OpenKvMemory,
     Predictor,
     RandomShape,
     Router,
@@ -71,11 +70,13 @@ class Formats:
 
 @dataclass(frozen=True)
 class Memory:
-    kv_memory: KvMemory = KV_MEMORY
+    kv_memory: OpenKvMemory = None
     expert_memory: ExpertMemory = None
 
     def applied(self, config: EngineConfig) -> EngineConfig:
         cache = replace(config.cache, memory_nbytes=self.expert_memory)
+        if self.kv_memory is None:  # a device's is shared by measurement
+            return replace(config, share_memory=self.expert_memory is None, cache=cache)
         return replace(config, kv_memory_nbytes=self.kv_memory, cache=cache)
 
 

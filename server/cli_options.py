@@ -59,6 +59,10 @@ Dtype = Annotated[str, typer.Option(help="Dense weights and activations: auto, f
 Experts = Annotated[str, typer.Option(help="Format of the experts: auto, float32, bf16, int8 or int4.")]
 ExpertMemory = Annotated[int | None, _size_option("Memory for experts, such as 512MiB [default: what fits]")]
 KvMemory = Annotated[int, _size_option("Memory for keys and values, such as 2GiB.")]
+OpenKvMemory = Annotated[
+    int | None,
+    _size_option("Memory for keys and values, such as 2GiB [default: 512MiB; on a device what serves most]"),
+]
 PackedDir = Annotated[Path | None, typer.Option(help="Where packed experts are kept [default: beside the checkpoint]")]
 MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and output together.")]
 CachePolicy = Annotated[str, typer.Option(help="Which experts stay in memory: lru, lfu, slru, ...")]
@@ -67,7 +71,7 @@ HostMemory = Annotated[int | None, _size_option("A tier in RAM between disk and 
 ExclusiveTiers = Annotated[bool, typer.Option(help="What is in expert memory is not in host memory too.")]
 Device = Annotated[
     str,
-    typer.Option(help="Where experts are computed: cpu, or sim, a device in host memory that behaves as a GPU does."),
+    typer.Option(help="Where experts are computed: cpu; cuda (never met a GPU: docs/gpu.md); sim, to test."),
 ]
 CpuExperts = Annotated[
     bool,
@@ -96,7 +100,7 @@ TargetTtft = Annotated[
 ]
 RecordTrace = Annotated[Path | None, typer.Option(help="Write which experts tokens were routed to, at the end.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads for arithmetic [default: one a core].")]
-Kernels = Annotated[str, typer.Option(help="auto, native or reference (slow, for comparison).")]
+Kernels = Annotated[str, typer.Option(help="auto, native, triton (a GPU's), or reference (slow, for comparison).")]
 Router = Annotated[str, typer.Option(help="layerwise, or pregated where the model has a pre-gate.")]
 Seed = Annotated[int | None, typer.Option(help="For requests that bring none [default: random].")]
 RandomShape = Annotated[

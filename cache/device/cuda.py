@@ -70,6 +70,8 @@ class CudaDevice:
     """See `cache.device.device.Device`. `compute` is the stream that torch launches on."""
 
     name = "cuda"
+    tensors_on = "cuda"
+    runs_kernels = True
 
     def __init__(self, index: int = 0) -> None:
         import torch

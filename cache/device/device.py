@@ -77,6 +77,8 @@ class Device(Protocol):
     """Its streams may be used from any thread, each stream by one at a time."""
 
     name: str
+    tensors_on: str  # torch's name of where the tensors of its arenas are
+    runs_kernels: bool  # a kernel that is called runs on `compute` by itself; else it has to be put there by `run`
 
     @property
     def compute(self) -> Stream:

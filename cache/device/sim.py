@@ -172,6 +172,8 @@ class SimDevice:
     """
 
     name = "sim"
+    tensors_on = "cpu"
+    runs_kernels = False
 
     def __init__(self, memory_nbytes: int = 1024**3, adversary: Adversary | None = None) -> None:
         self.adversary = adversary or Adversary()

@@ -101,7 +101,7 @@ class CpuExperts:
 
     def begin(self, x: Tensor, routing: Routing, chosen: dict[ExpertKey, memoryview], outputs: Tensor) -> Future[None]:
         """Compute these experts' products into their rows of outputs [T * k, H]; they are there when it is done."""
-        return self._thread.submit(self._compute, x.cpu(), routing, chosen, outputs)
+        return self._thread.submit(self._compute, x.cpu(), routing.on_host(), chosen, outputs)
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -123,11 +123,12 @@ class MoELayer:
     def __call__(self, residual: Tensor, batch: Batch) -> None:
         """Adds to residual [T, H]; raises `ExpertFailure`, and the step is then void."""
         x, routing = self._router(residual, batch)
+        seen = routing if routing.ids.device.type == "cpu" else replace(routing, ids=routing.ids.cpu())
         keys = [self._keys[expert] for expert in routing.experts]
         outputs = self._experts.outputs(routing.num_positions)
         backend, records, cache = self._backend, self._experts.records, self._experts.cache
         if not cache.holds_all:
-            cache.observe(keys[0].layer, batch.requests, routing.ids.tolist(), is_prefill=batch.phase == "prefill")
+            cache.observe(keys[0].layer, batch.requests, seen.ids.tolist(), is_prefill=batch.phase == "prefill")
         elsewhere: Future[None] | None = None
         if self._experts.on_cpu is not None and (chosen := self._experts.on_cpu.choose(routing, keys)):
             elsewhere = self._experts.on_cpu.begin(x, routing, chosen, outputs)
@@ -140,7 +141,7 @@ class MoELayer:
         try:
             with cache.acquire(keys, batch.phase) as lease:
                 if self._observer is not None:
-                    self._observer.layer_begins(self._index, x, routing, batch)
+                    self._observer.layer_begins(self._index, x, seen, batch)
                 for found in lease.batches():
                     ready = [(key.expert, slot) for key, slot in found]
                     at_once = len(ready) == len(routing.experts) and group is None

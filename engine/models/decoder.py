@@ -98,7 +98,7 @@ class Decoder:
         """-> float32 [T, H], what the last layer leaves of every token."""
         clock = time.perf_counter
         began = clock()
-        residual = self.embedding[batch.token_ids].float()
+        residual = self.embedding[batch.token_ids.to(self.embedding.device)].float()
         if self.pregate is not None:
             batch.routings = self.pregate(residual, batch, kv_cache, len(self.layers))
         if self.observer is not None:

@@ -26,6 +26,7 @@ class NativeBackend:
     """All kernels in one shared library with one thread pool for the process; one engine uses it at a time."""
 
     name = "native"
+    device = torch.device("cpu")
 
     def __init__(self, num_threads: int, isa: str = "") -> None:
         """`isa` is amx, avx512, avx2 or portable; empty: the best here. Raises `RuntimeError` if it cannot be had."""

@@ -28,9 +28,9 @@ def outcome(*arguments: str) -> tuple[int, list[object]]:
 
 
 def test_a_command_gets_its_groups_with_what_was_given_and_with_defaults():
-    assert outcome() == (0, [Weights("demo", None, None), 1, Memory(512 * 1024**2, None), 2])
+    assert outcome() == (0, [Weights("demo", None, None), 1, Memory(None, None), 2])
     given = ("here", "--layers", "3", "--first", "5", "--expert-memory", "1MiB")
-    assert outcome(*given) == (0, [Weights("here", None, 3), 5, Memory(512 * 1024**2, 1024**2), 2])
+    assert outcome(*given) == (0, [Weights("here", None, 3), 5, Memory(None, 1024**2), 2])
     assert outcome("--kv-memory", "a lot")[0] == outcome("--memory", "1MiB")[0] == 2
 
 
