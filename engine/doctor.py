@@ -9,31 +9,27 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import torch
-from torch import Tensor
 
 from cache.device.device import Device, DeviceOutOfMemory, DeviceUnavailable, Region
 from engine.config import format_nbytes
 from engine.device_experts import open_named
+from engine.doctor_kernels import ARCHES, MAX_ERROR, compiled, depends_on_company, errors
 from engine.errors import ConfigError
 from engine.machine import measure_machine
-from kernels.backend import BACKENDS, Backend, Records, Routing
-from kernels.quant.formats import FORMATS, ExpertWeights
-from kernels.quant.layout import RecordLayout
+from kernels.backend import BACKENDS, Backend
 
 Verdict = Literal["ok", "absent", "bad"]
 
 _CPU_FLAGS = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _COPY_NBYTES = 64 * 1024**2
 _NUM_COPIES = 5
-_MAX_ERROR = 0.02  # of the largest output: kernels round activations, and add, in other orders
-_HIDDEN, _INNER, _NUM_EXPERTS, _NUM_ACTIVE, _NUM_ROWS = 256, 128, 4, 2, 5
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -59,23 +55,45 @@ def examine(near: Path) -> Iterator[Finding]:
     for name, make in BACKENDS.items():
         if name != "reference":
             yield numerics(name, make)
+    yield _compilation()
     yield _driver()
     yield from _gpu()
 
 
 def numerics(name: str, make: Callable[[int], Backend]) -> Finding:
-    """Experts of every format by these kernels beside the reference's."""
+    """All that these kernels compute, in every format, beside the reference's; and whether rows depend on others."""
     title = f"{name} kernels"
     try:
         backend, reference = make(len(os.sched_getaffinity(0))), BACKENDS["reference"](1)
     except (RuntimeError, ImportError) as error:
         return Finding(title, "absent", str(error))
-    errors = {format: _error(format, backend, reference) for format in FORMATS}
-    text = ", ".join(f"{format} {error:.1e}" for format, error in errors.items())
+    try:
+        found = dict(errors(backend, reference))
+        dependent = list(depends_on_company(backend)) if name != "reference" else []
+    except Exception as error:  # a compiler's or a driver's: whatever it is belongs into the report
+        return Finding(title, "bad", f"{type(error).__name__}: {error}")
+    text = ", ".join(f"{kernel} {error:.1e}" for kernel, error in found.items())
     isa = f"{backend.isa}; " if hasattr(backend, "isa") else ""
     # written so that an error that is no number is bad
-    verdict: Verdict = "ok" if all(error <= _MAX_ERROR for error in errors.values()) else "bad"
-    return Finding(title, verdict, f"{isa}error against the reference: {text}")
+    is_right = all(error <= MAX_ERROR for error in found.values()) and not dependent
+    company = f"; a row's bits depend on its company: {', '.join(dependent)}" if dependent else ""
+    return Finding(title, "ok" if is_right else "bad", f"{isa}error against the reference: {text}{company}")
+
+
+def compilation(arches: Sequence[str], gpu: str = "") -> Finding:
+    """Whether Triton compiles for these architectures; `gpu`: whose tuned tiles are taken."""
+    title = "Triton's compiler"
+    try:
+        found = compiled(arches, gpu)
+    except RuntimeError as error:
+        return Finding(title, "absent", str(error))
+    words = [
+        f"{one.arch}: {one.why or f'{one.registers} registers, {one.spilled_nbytes} bytes spilled'}" for one in found
+    ]
+    is_right = not any(one.why or one.spilled_nbytes for one in found)
+    return Finding(
+        title, "ok" if is_right else "bad", f"{'; '.join(words)} ({'for this GPU' if gpu else 'ahead of time'})"
+    )
 
 
 def link(device: Device) -> tuple[float, float]:
@@ -115,6 +133,14 @@ def copies_are_right(device: Device) -> bool:
         return bytes(there) == bytes(back)
     finally:
         arena.free()
+
+
+def _compilation() -> Finding:
+    """For the GPU that is here, or ahead of time for those that we know."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return compilation(ARCHES)
+    major, minor = torch.cuda.get_device_capability()
+    return compilation([f"sm_{major}{minor}"], torch.cuda.get_device_name())
 
 
 def _software() -> Finding:
@@ -182,33 +208,6 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("link", "bad", str(error))
     finally:
         device.close()
-
-
-def _error(format: str, backend: Backend, reference: Backend) -> float:
-    """Largest difference over the largest output, for some random experts and rows."""
-    generator = torch.Generator().manual_seed(0)
-    layout = FORMATS[format].layout(_HIDDEN, _INNER)
-    shapes = ((_INNER, _HIDDEN), (_INNER, _HIDDEN), (_HIDDEN, _INNER))
-    slots = []
-    for _ in range(_NUM_EXPERTS):
-        slots.append(torch.zeros(layout.nbytes, dtype=torch.uint8))
-        weights = ExpertWeights(*(torch.randn(shape, generator=generator) * 0.05 for shape in shapes))
-        FORMATS[format].pack(weights, slots[-1])
-    chosen = [torch.randperm(_NUM_EXPERTS, generator=generator)[:_NUM_ACTIVE] for _ in range(_NUM_ROWS)]
-    ids = torch.stack(chosen).int()
-    x = torch.randn(_NUM_ROWS, _HIDDEN, generator=generator)
-    found, expected = (_products(one, x, ids, layout, slots) for one in (backend, reference))
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def _products(backend: Backend, x: Tensor, ids: Tensor, layout: RecordLayout, slots: list[Tensor]) -> Tensor:
-    """[T * k, H] on the CPU, wherever the backend computes."""
-    device = getattr(backend, "device", torch.device("cpu"))
-    routing = Routing.of(ids.to(device), torch.ones(ids.shape, device=device))
-    records = Records(layout, [slot.to(device) for slot in slots])
-    outputs = torch.zeros(routing.num_positions, x.shape[1], device=device)
-    backend.expert_mlp(x.to(device), routing, records, [(expert, expert) for expert in routing.experts], outputs)
-    return outputs.cpu()
 
 
 def _rate(bandwidth: float | None) -> str:

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from cache.device.device import Region
 from cache.device.sim import Adversary, SimDevice, SimStream
-from engine.doctor import copies_are_right, examine, link, numerics
+from engine.doctor import Finding, compilation, copies_are_right, examine, link, numerics
 from kernels.backend import BACKENDS
 from kernels.quant.formats import FORMATS
 from kernels.torch_backend import TorchBackend
+
+_PRINT = "for arches in (['sm_80', 'sm_120'], ['sm_1']): print(msgspec.json.encode(compilation(arches)).decode())"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,67 @@ class _Silent(TorchBackend):
 class _Mad(TorchBackend):
     def expert_mlp(self, x, routing, records, ready, outputs, add_to=None) -> None:
         outputs.fill_(float("nan"))
+
+
+class _Careless(TorchBackend):
+    """Adds up a dense layer in another order where there are many rows."""
+
+    def make_linear(self, weight, bias, format):
+        linear = super().make_linear(weight, bias, format)
+
+        def careless(x, add_to=None):
+            out = linear(x, add_to)
+            return out * 1.0001 if format == "int8" and len(x) > 16 else out
+
+        return careless
+
+
+class _Unaware(TorchBackend):
+    """Attention sees only the new rows."""
+
+    def make_attention(self, shape, norm, qkv, output):
+        def attention(residual, keys, values, sequences):
+            output(qkv(residual)[:, : shape.num_heads * shape.head_dim].contiguous(), add_to=residual)
+
+        return attention
+
+
+def test_a_row_whose_bits_depend_on_its_company_is_found():
+    finding = numerics("others", lambda num_threads: _Careless())
+    assert finding.verdict == "bad"
+    assert "a row's bits depend on its company: " in finding.text
+    assert "dense int8" in finding.text.partition("company")[2]
+
+
+def test_attention_that_forgets_its_context_is_found():
+    assert numerics("others", lambda num_threads: _Unaware()).verdict == "bad"
+
+
+def test_every_kernel_and_format_is_compared(findings):
+    assert findings["native kernels"].verdict == "ok"
+    for name in (*FORMATS, *(f"dense {format}" for format in FORMATS), "attention", "router"):
+        assert f"{name} " in findings["native kernels"].text
+
+
+def test_the_expert_kernel_compiles_ahead_of_time_for_gpus_that_are_not_here(tmp_path: Path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import msgspec\nfrom engine.doctor import compilation\n{_PRINT}"],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found, unknown = (msgspec.json.decode(line, type=Finding) for line in done.stdout.splitlines())
+    assert found.verdict == "ok"
+    assert re.search(r"sm_80: \d+ registers, 0 bytes spilled; sm_120: \d+ registers, 0 bytes spilled", found.text)
+    assert "(ahead of time)" in found.text
+    assert unknown.verdict == "bad"  # an architecture that the compiler does not know
+
+
+def test_the_interpreter_compiles_nothing():
+    finding = compilation(["sm_80"])
+    assert (finding.verdict, "the interpreter compiles nothing" in finding.text) == ("absent", True)
 
 
 @pytest.mark.parametrize("kernels", [_Wrong, _Silent, _Mad])
