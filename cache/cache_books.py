@@ -75,6 +75,7 @@ class CacheBooks:
         self, pool: SlotPool, transfer: Transfer, host: HostTier | PinnedTier | None, oracle: OracleSampler | None
     ) -> CacheStats:
         below = {phase: counters.snapshot() for phase, counters in self._below.items()}
+        residency_s, idle_s, reuse_gap_s = self.lifetimes.snapshot()
         num_hits = sum(counters.hits for counters in self.phases.values())
         num_from_host = sum(counters.hits for counters in below.values())
         sources: dict[Source, int] = {
@@ -110,9 +111,9 @@ class CacheBooks:
             links=transfer.link_stats(),
             host_prefill=below["prefill"] if host is not None else PhaseStats(),
             host_decode=below["decode"] if host is not None else PhaseStats(),
-            residency_s=self.lifetimes.residency_s.snapshot(),
-            idle_s=self.lifetimes.idle_s.snapshot(),
-            reuse_gap_s=self.lifetimes.reuse_gap_s.snapshot(),
+            residency_s=residency_s,
+            idle_s=idle_s,
+            reuse_gap_s=reuse_gap_s,
             unique_experts=self.unique_experts.snapshot(),
             oracle=oracle.stats if oracle is not None else OracleStats(),
         )

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
 
 class HistogramStats(msgspec.Struct, frozen=True):
@@ -34,6 +35,12 @@ class Histogram:
     def add(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
+
+    def add_all(self, values: Sequence[float]) -> None:
+        """As `add` of each; cheaper from some ten on."""
+        nums = np.bincount(np.searchsorted(self._bounds, values), minlength=len(self._counts)).tolist()
+        self._counts = [count + num for count, num in zip(self._counts, nums, strict=True)]
+        self._sum += sum(values)
 
     def snapshot(self) -> HistogramStats:
         return HistogramStats(self._counts.copy(), self._sum)

@@ -169,7 +169,7 @@ class Lease:
                     if entry.error is not None:
                         raise ExpertReadError(entry.key, entry.error.why) from entry.error
                 ready = [entry for entry in self._awaited if entry.ready]
-                if ready:
+                if ready and len(ready) >= min(len(self._awaited), residents.wave):
                     self._awaited = [entry for entry in self._awaited if not entry.ready]
                     break
                 if stalled_from is None:

@@ -14,9 +14,10 @@ import numpy as np
 
 from cache.expert_key import ExpertKey
 from cache.expert_store import ExpertReadError, ExpertStore
+from cache.histogram import HistogramStats
 from cache.link_speed import SAMPLE_NBYTES, TRIAL_NBYTES, WEIGHT, WORTH, depths_to_try
-from cache.native.library import CORRUPT, DISK_ERROR, OK, Arrival, Counts, Library, Request, Setup, load_library
-from cache.stats import Link, LinkCounters, LinkStats
+from cache.native.library import ARRIVAL, CORRUPT, DISK_ERROR, OK, REQUEST, Counts, Library, Setup, load_library
+from cache.stats import READ_S, Link, LinkStats
 from cache.transfer_queue import CERTAIN, Buffer, OnDone, Ticket, max_together, max_uncertain
 
 _MAX_ARRIVALS = 64  # told at once
@@ -34,13 +35,15 @@ class NativeTransfer:
         self._store = store
         self._tickets: dict[int, Ticket] = {}  # not told of yet, by number
         self._num_submitted = 0
-        self._link = LinkCounters()
-        self._unsent: list[tuple[int, int, int, float, bool]] = []  # as `Request`
-        self._arrivals = (Arrival * _MAX_ARRIVALS)()
+        self._unsent: list[bytes] = []  # each a `REQUEST`
+        self._arrivals = _Arrivals()
         self._counts = Counts()
+        self._read_counts = np.zeros((2, len(READ_S) + 1), dtype=np.int64)  # of reads ahead, and on demand
+        self._read_s = np.zeros(2)
         header = store.header
         checksums = np.array([int(text, 16) for text in header.checksums], dtype=np.uint64)
         depths = np.array(depths_to_try(max_depth), dtype=np.int32)
+        bounds = np.array(READ_S)
         setup = Setup(
             data_offset=header.data_offset,
             record_nbytes=header.record_nbytes,
@@ -59,9 +62,11 @@ class NativeTransfer:
             max_together=max_together(header.record_nbytes),
             fd=store.fileno(),
             is_direct=store.direct,
+            read_s_bounds=bounds.ctypes.data,
+            num_bounds=len(bounds),
         )
         self._handle: int | None = self._library.open(ctypes.byref(setup))
-        self.arrival: threading.Condition = _Arrivals(self._wait, self._notify)
+        self.arrival: threading.Condition = _Arrival(self._wait, self._notify)
 
     @property
     def num_reads(self) -> int:
@@ -108,7 +113,21 @@ class NativeTransfer:
 
     def link_stats(self) -> dict[Link, LinkStats]:
         """Of the disk, once anything has come from it."""
-        return {"disk": self._link.snapshot()} if self._num_submitted else {}
+        if not self._num_submitted:
+            return {}
+        counts = self._counted()
+        self._count_reads()
+        nbytes = self._store.record_nbytes
+        of_each = zip(self._read_counts.tolist(), self._read_s.tolist(), strict=True)
+        ahead_s, demand_s = (HistogramStats(num_of, seconds) for num_of, seconds in of_each)
+        stats = LinkStats(
+            demand_nbytes=(counts.num_reads - counts.num_ahead) * nbytes,
+            prefetch_nbytes=counts.num_ahead * nbytes,
+            demand_s=demand_s,
+            prefetch_s=ahead_s,
+            bandwidth=counts.bandwidth,
+        )
+        return {"disk": stats}
 
     def submit(
         self,
@@ -129,14 +148,13 @@ class NativeTransfer:
         self._tickets[ticket.number] = ticket
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         ticket.is_queued = False  # may have begun before anybody asks
-        self._unsent.append((ticket.number, ticket.position, address, ticket.benefit, ticket.is_demand))
+        self._unsent.append(REQUEST.pack(ticket.number, ticket.position, address, ticket.benefit, ticket.is_demand))
         return ticket
 
     def send(self) -> None:
         """Begin with what was submitted."""
         if self._unsent:
-            requests = (Request * len(self._unsent))(*(Request(*fields) for fields in self._unsent))
-            self._library.submit(self._handle, requests, len(requests))
+            self._library.submit(self._handle, b"".join(self._unsent), len(self._unsent))
             self._unsent.clear()
 
     def promote(self, ticket: Ticket) -> None:
@@ -157,7 +175,8 @@ class NativeTransfer:
     def poll(self) -> None:
         """Call `on_done` of what has arrived; the caller holds the lock of `arrival`."""
         if self._tickets and self._handle is not None:
-            self._tell(self._library.take(self._handle, self._arrivals, _MAX_ARRIVALS))
+            arrivals = self._arrivals
+            self._tell(self._library.take(self._handle, arrivals.address, _MAX_ARRIVALS), arrivals)
 
     def close(self) -> None:
         """Finish what was submitted, tell of it and end the threads."""
@@ -169,16 +188,17 @@ class NativeTransfer:
             while self._tickets:
                 self.poll()
             self._counted()
+            self._count_reads()
             handle, self._handle = self._handle, None
             self._library.close(handle)
 
     def _wait(self, num_notified: int, release: Callable[[], object], acquire: Callable[[], object]) -> None:
         """Until something has arrived or `notify` was called again; then tell what has."""
         self.send()
-        arrivals = (Arrival * _MAX_ARRIVALS)()  # of this thread: others may wait too
+        arrivals = _Arrivals()  # of this thread: others may wait too
         release()
         try:
-            num = self._library.wait(self._handle, arrivals, _MAX_ARRIVALS, num_notified)
+            num = self._library.wait(self._handle, arrivals.address, _MAX_ARRIVALS, num_notified)
         finally:
             acquire()
         self._tell(num, arrivals)
@@ -186,24 +206,17 @@ class NativeTransfer:
     def _notify(self) -> int:
         return 0 if self._handle is None else int(self._library.notify(self._handle))
 
-    def _tell(self, num: int, arrivals: ctypes.Array[Arrival] | None = None) -> None:
-        arrivals = self._arrivals if arrivals is None else arrivals
+    def _tell(self, num: int, arrivals: _Arrivals) -> None:
+        if not num:
+            return
         told = []
-        nbytes = self._store.record_nbytes
-        for i in range(num):  # all before the first is told: who is told may ask for more
-            arrival = arrivals[i]
-            ticket = self._tickets.pop(arrival.id)
-            is_demand = bool(arrival.was_demand)
-            self._link.add_nbytes(nbytes, is_demand=is_demand)
-            if arrival.num_together:
-                self._link.add_read(arrival.num_together * nbytes, arrival.began, arrival.ended, is_demand=is_demand)
-            told.append((ticket, self._error(ticket.key, arrival.status, arrival.detail)))
+        for number, status, detail in ARRIVAL.iter_unpack(arrivals.view[: num * ARRIVAL.size]):
+            ticket = self._tickets.pop(number)  # all before the first is told: who is told may ask for more
+            told.append((ticket, None if status == OK else self._error(ticket.key, status, detail)))
         for ticket, error in told:
             ticket.on_done(error)
 
-    def _error(self, key: ExpertKey, status: int, detail: int) -> ExpertReadError | None:
-        if status == OK:
-            return None
+    def _error(self, key: ExpertKey, status: int, detail: int) -> ExpertReadError:
         if status == CORRUPT:
             return ExpertReadError(key, "checksum does not match, the packed file is corrupt")
         if status == DISK_ERROR:
@@ -215,8 +228,21 @@ class NativeTransfer:
             self._library.counts(self._handle, ctypes.byref(self._counts))
         return self._counts
 
+    def _count_reads(self) -> None:
+        if self._handle is not None:
+            self._library.reads(self._handle, self._read_counts.ctypes.data, self._read_s.ctypes.data)
 
-class _Arrivals(threading.Condition):
+
+class _Arrivals:
+    """Memory for what is told at once, each an `ARRIVAL`."""
+
+    def __init__(self) -> None:
+        memory = bytearray(_MAX_ARRIVALS * ARRIVAL.size)
+        self.view = memoryview(memory)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+class _Arrival(threading.Condition):
     """A condition whose waiters are woken by native threads too."""
 
     def __init__(
@@ -229,12 +255,22 @@ class _Arrivals(threading.Condition):
         self._wait_for = wait
         self._notify_waiters = notify
         self._num_notified = 0
+        self._num_waiting = 0  # threads of Python
 
     def wait(self, timeout: float | None = None) -> bool:
         """Returns after anything arrived or was notified; the lock is held once."""
         assert timeout is None, "waits for as long as it takes"
-        self._wait_for(self._num_notified, self._held.release, self._held.acquire)
+        self._wait_for(self._num_notified, self._let_go, self._take_back)
         return True
 
+    def _let_go(self) -> None:
+        self._num_waiting += 1
+        self._held.release()
+
+    def _take_back(self) -> None:
+        self._held.acquire()
+        self._num_waiting -= 1
+
     def notify_all(self) -> None:
-        self._num_notified = self._notify_waiters()
+        if self._num_waiting:
+            self._num_notified = self._notify_waiters()

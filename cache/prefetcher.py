@@ -119,11 +119,15 @@ class Prefetcher:
     ) -> bool:
         """Read ahead what a layer is sure to ask for, as far as there are slots and the queue is short; -> if all was.
 
-        Certain bytes have to come anyway; a short queue lets what turns out to be waited for overtake them.
+        Certain bytes have to come anyway, so that the link is to have work until the next call; but slots that wait
+        for records are of no use.
         """
         transfer = self._cache.transfer
+        nbytes = self._cache.record_nbytes
         missing = self._cache.missing(keys)
-        num = min(len(missing), 2 * transfer.depth - transfer.in_flight_nbytes // self._cache.record_nbytes)
+        carried = (transfer.bandwidth or 0.0) * sum(self._compute_s) / len(self._compute_s)  # in a layer's time
+        queue = max(2 * transfer.depth, int(2.0 * carried / nbytes))
+        num = min(len(missing), queue - transfer.in_flight_nbytes // nbytes)
         if num > 0:
             num = self._issue([(key, 1.0) for key in missing[:num]], distance, keep)
         return len(missing) <= max(0, num)

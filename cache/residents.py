@@ -16,6 +16,8 @@ from cache.slot_pool import SlotPool
 from cache.stats import EvictionReason
 from cache.transfer import Transfer
 
+_WAVE_NBYTES = 1024**2  # that arrive are computed in one call: for less, calling costs more than it hides
+
 Taken = tuple[int, ExpertKey | None]
 """A slot, and whose record it still holds."""
 
@@ -45,6 +47,7 @@ class Residents:
         self.kept: frozenset[ExpertKey] = frozenset()  # not to be evicted
         self.counts = ExpertCounts(keys, clock)
         self.books = CacheBooks(record_nbytes)
+        self.wave = max(1, _WAVE_NBYTES // record_nbytes)  # experts that a layer waits for before it goes on, or all
         self._is_closing = False
 
     def evictable(self, key: ExpertKey) -> bool:

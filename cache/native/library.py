@@ -6,6 +6,7 @@ import ctypes
 from ctypes import c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
+from struct import Struct
 
 _LIBRARY = Path(__file__).parent / "libforegate_io.so"
 
@@ -31,33 +32,16 @@ class Setup(ctypes.Structure):
         ("max_together", c_int32),
         ("fd", c_int32),
         ("is_direct", c_int32),
+        ("read_s_bounds", c_void_p),
+        ("num_bounds", c_int64),
     )
 
 
-class Request(ctypes.Structure):
-    """See transfer.cpp."""
+REQUEST = Struct("=QqQdq")
+"""id, position, address, benefit, whether somebody waits; see transfer.cpp."""
 
-    _fields_ = (
-        ("id", c_uint64),
-        ("position", c_int64),
-        ("buffer", c_void_p),
-        ("benefit", c_double),
-        ("is_demand", c_int64),
-    )
-
-
-class Arrival(ctypes.Structure):
-    """See transfer.cpp."""
-
-    _fields_ = (
-        ("id", c_uint64),
-        ("status", c_int32),
-        ("detail", c_int32),
-        ("began", c_double),
-        ("ended", c_double),
-        ("was_demand", c_int32),
-        ("num_together", c_int32),
-    )
+ARRIVAL = Struct("=Qii")
+"""id, status, detail; see transfer.cpp."""
 
 
 class Counts(ctypes.Structure):
@@ -103,6 +87,8 @@ class Library:
         self.cancel.argtypes, self.cancel.restype = (c_void_p, c_uint64), c_int
         self.notify = at_once.foregate_transfer_notify
         self.notify.argtypes, self.notify.restype = (c_void_p,), c_uint64
+        self.reads = at_once.foregate_transfer_reads
+        self.reads.argtypes, self.reads.restype = (c_void_p, c_void_p, c_void_p), None
         self.counts = at_once.foregate_transfer_counts
         self.counts.argtypes, self.counts.restype = (c_void_p, c_void_p), None
 

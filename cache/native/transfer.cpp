@@ -36,6 +36,8 @@ struct Setup {  // as in cache/native/library.py
     int32_t max_together;
     int32_t fd;
     int32_t is_direct;
+    const double* read_s_bounds;  // of the histograms of `Reads`, ascending
+    int64_t num_bounds;
 };
 
 struct Request {  // as in cache/native/library.py
@@ -50,9 +52,6 @@ struct Arrival {  // as in cache/native/library.py
     uint64_t id;
     int32_t status;
     int32_t detail;  // errno, or how many bytes were read
-    double began, ended;  // of the read, on the monotonic clock
-    int32_t was_demand;  // when it began
-    int32_t num_together;  // records in the read; 0 for all but the first of them
 };
 
 struct Counts {  // as in cache/native/library.py
@@ -62,6 +61,12 @@ struct Counts {  // as in cache/native/library.py
     int64_t depth;
 };
 
+// Reads that somebody waited for when they began, or that nobody did: in how many seconds their records were in place.
+struct Reads {
+    std::vector<int64_t> counts;  // of each bucket, as `cache.histogram.HistogramStats`
+    double sum = 0.0;
+};
+
 class Transfer {
   public:
     explicit Transfer(const Setup& setup)
@@ -69,7 +74,9 @@ class Transfer {
           checksums_(setup.checksums, setup.checksums + setup.num_records),
           queue_({setup.record_nbytes, setup.max_uncertain, setup.certain, setup.max_together},
                  Rate(setup.rate_weight, setup.rate_sample_nbytes),
-                 DepthTrials({setup.depths, setup.depths + setup.num_depths}, setup.trial_nbytes, setup.worth)) {
+                 DepthTrials({setup.depths, setup.depths + setup.num_depths}, setup.trial_nbytes, setup.worth)),
+          bounds_(setup.read_s_bounds, setup.read_s_bounds + setup.num_bounds) {
+        for (auto& reads : reads_) reads.counts.resize(bounds_.size() + 1);
         for (int i = 0; i < setup.max_depth; ++i) threads_.emplace_back([this] { run(); });
     }
 
@@ -156,6 +163,15 @@ class Transfer {
         return counts;
     }
 
+    // counts [2, num_bounds + 1], sums [2]: of reads that nobody waited for, and of the others.
+    void reads(int64_t* counts, double* sums) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        for (const auto& reads : reads_) {
+            counts = std::copy(reads.counts.begin(), reads.counts.end(), counts);
+            *sums++ = reads.sum;
+        }
+    }
+
   private:
     int take_locked(Arrival* out, int max) {
         const int num = std::min(max, (int)arrivals_.size());
@@ -178,8 +194,7 @@ class Transfer {
     void carry_out(const std::vector<JobPtr>& jobs, bool is_demand) {
         const auto started = Clock::now();
         std::vector<Arrival> arrivals;
-        for (const auto& job : jobs) arrivals.push_back({job->id, kOk, 0, 0, 0, is_demand, 0});
-        arrivals.front().num_together = (int32_t)jobs.size();
+        for (const auto& job : jobs) arrivals.push_back({job->id, kOk, 0});
         read(jobs, 0, jobs.size(), arrivals);
         int num_retries = 0;
         for (size_t i = 0; i < jobs.size(); ++i) {
@@ -189,11 +204,7 @@ class Transfer {
         }
         const double seconds = seconds_since(started);
         if (setup_.link_bandwidth > 0) cross_link(jobs);
-        for (auto& arrival : arrivals) {
-            arrival.began = std::chrono::duration<double>(started.time_since_epoch()).count();
-            arrival.ended = std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
-        }
-        finish(jobs, arrivals, is_demand, seconds, num_retries);
+        finish(jobs, arrivals, is_demand, seconds, seconds_since(started), num_retries);
     }
 
     std::vector<JobPtr> next(bool* is_demand) {
@@ -279,8 +290,11 @@ class Transfer {
         link_.notify_all();
     }
 
-    void finish(const std::vector<JobPtr>& jobs, const std::vector<Arrival>& arrivals, bool is_demand, double seconds, int num_retries) {
+    void finish(const std::vector<JobPtr>& jobs, const std::vector<Arrival>& arrivals, bool is_demand, double seconds, double until_in_place_s, int num_retries) {
         std::lock_guard<std::mutex> lock(mutex_);
+        Reads& reads = reads_[is_demand];
+        ++reads.counts[(size_t)(std::lower_bound(bounds_.begin(), bounds_.end(), until_in_place_s) - bounds_.begin())];
+        reads.sum += until_in_place_s;
         queue_.finished(jobs.size(), is_demand);
         counts_.num_reads += (int64_t)jobs.size();
         counts_.num_ahead += is_demand ? 0 : (int64_t)jobs.size();
@@ -303,6 +317,8 @@ class Transfer {
     std::unordered_map<uint64_t, JobPtr> jobs_;  // not arrived yet
     std::deque<Arrival> arrivals_;
     Counts counts_{};
+    const std::vector<double> bounds_;
+    Reads reads_[2];  // nobody waited, somebody did
     uint64_t num_notified_ = 0;
     int num_waiting_ = 0;  // in `take`
     int num_idle_ = 0, num_waking_ = 0;  // threads that wait for work; of them those told, that have not looked yet
@@ -329,5 +345,6 @@ int foregate_transfer_wait(void* transfer, foregate::Arrival* out, int max, uint
     return ((Transfer*)transfer)->wait(out, max, seen);
 }
 uint64_t foregate_transfer_notify(void* transfer) { return ((Transfer*)transfer)->notify(); }
+void foregate_transfer_reads(void* transfer, int64_t* counts, double* sums) { ((Transfer*)transfer)->reads(counts, sums); }
 void foregate_transfer_counts(void* transfer, foregate::Counts* out) { *out = ((Transfer*)transfer)->counts(); }
 }
