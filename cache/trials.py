@@ -7,7 +7,8 @@ from statistics import median
 
 _SHARE = 0.015  # of the time that turns of the slower way may cost
 _FIRST, _TURN, _REST = 4, 2, 8  # steps without at the start, of a trial, and at least between two
-_ENOUGH, _RECENT = 4, 24  # times of a way to judge it by: at least, and at most
+_WORTH = 0.95  # of the time without: what counts as faster, since steps vary by themselves
+_ENOUGH, _RECENT = 4, 48  # times of a way to judge it by: at least, and at most
 
 
 class Trials:
@@ -33,7 +34,8 @@ class Trials:
 
     def _decide(self) -> None:
         other = self._times[not self._best]
-        if len(other) >= _ENOUGH and median(other) < median(self._times[self._best]):
+        worth = 1.0 if self._best else _WORTH
+        if len(other) >= _ENOUGH and median(other) < worth * median(self._times[self._best]):
             self._best, self._spent_s = not self._best, 0.0
             self.is_on, self._left = self._best, _REST
         elif self._spent_s <= _SHARE * self._total_s:
