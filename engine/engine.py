@@ -56,11 +56,14 @@ class Engine:
         backend: Backend | None = None,
         observer: RoutingObserver | None = None,
         device: Device | None = None,
+        sampler: Sampler | None = None,
         rank: int = 0,
         meeting: Path | None = None,
     ) -> None:
-        """`checkpoint`, `tokenizer`, `backend` and `device` stand in for what the configuration names; `observer` sees
-        every layer call. `rank` and `meeting`: of one that follows, see `engine.expert_group`."""
+        """`checkpoint`, `tokenizer`, `backend` and `device` stand in for what the configuration names, `sampler` for
+        the usual one; `observer` sees every layer call.
+
+        `rank` and `meeting`: of one that follows, see `engine.expert_group`."""
         parts = assemble(
             config,
             progress,
@@ -87,7 +90,7 @@ class Engine:
         self._blocks = parts.blocks
         self._constraints = parts.constraints
         self._next_seed = parts.next_seed
-        self._sampler = Sampler(sorted(parts.eos_token_ids))
+        self._sampler = sampler or Sampler(sorted(parts.eos_token_ids))
         self._answers = Answers(parts.tokenizer, parts.eos_token_ids)
         self._requests: dict[str, Request] = {}
         self._num_requests = 0
@@ -244,9 +247,9 @@ class Engine:
 
     def _sample(self, logits: Tensor, requests: list[Request]) -> list[RequestOutput]:
         """A request whose own parameters or text raise fails alone."""
-        constrained, spoiled = self._constraints.constrain(logits, requests)
+        allowed, spoiled = self._constraints.constrain(logits, requests)
         try:
-            tokens = self._sampler.sample(logits, requests, constrained)
+            tokens = self._sampler.sample(logits, requests, allowed)
         except Exception:
             tokens = []
         results = []
@@ -255,8 +258,7 @@ class Engine:
                 results.append(self._fail(request, spoiled[request]))
                 continue
             try:
-                row = slice(i, i + 1)
-                token = tokens[i] if tokens else self._sampler.sample(logits[row], [request], constrained[row])[0]
+                token = tokens[i] if tokens else self._sampler.sample(logits[i : i + 1], [request], allowed.only(i))[0]
                 results.append(self._told(self._answers.append(request, token)))
             except Exception as error:
                 _log.exception("request %s fails", request.request_id)

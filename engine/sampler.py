@@ -23,33 +23,43 @@ class SampledToken:
     logprobs: list[tuple[int, float]] | None
 
 
+@dataclass(slots=True)
+class Allowed:
+    """Of the logits, those of tokens that may come next; those of others are minus infinity, or do not matter."""
+
+    rows: list[Tensor]  # float32 [V] each
+    likeliest: list[int]  # of each row
+
+    def only(self, i: int) -> Allowed:
+        return Allowed([self.rows[i]], [self.likeliest[i]])
+
+
 class Sampler:
     """Every draw depends on the request's seed and position alone: batch, preemption and timing do not change it."""
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._eos_token_ids = list(eos_token_ids)
 
-    def sample(
-        self, logits: Tensor, requests: Sequence[Request], constrained: Tensor | None = None
-    ) -> list[SampledToken]:
+    def sample(self, logits: Tensor, requests: Sequence[Request], allowed: Allowed | None = None) -> list[SampledToken]:
         """float32 logits [n, V], one row a request -> one token each. `logits` is not changed.
 
-        `constrained`: the same but minus infinity for tokens that may not come next; log-probabilities are of `logits`.
+        Tokens are chosen of what is `allowed`; log-probabilities are of `logits`.
         """
         if not requests:
             return []
-        allowed = logits if constrained is None else constrained
-        greedy_ids = allowed.argmax(-1).tolist()
+        allowed = allowed or Allowed(list(logits), logits.argmax(-1).tolist())
         return [
-            self._sample_row(row, allowed_row, request, greedy_id)
-            for row, allowed_row, request, greedy_id in zip(logits, allowed, requests, greedy_ids, strict=True)
+            self._sample_row(row, allowed_row, request, likeliest)
+            for row, allowed_row, request, likeliest in zip(
+                logits, allowed.rows, requests, allowed.likeliest, strict=True
+            )
         ]
 
-    def _sample_row(self, row: Tensor, allowed: Tensor, request: Request, greedy_id: int) -> SampledToken:
+    def _sample_row(self, row: Tensor, allowed: Tensor, request: Request, likeliest: int) -> SampledToken:
         params = request.params
         adjusted = self._adjust(allowed, request)
         if params.greedy:
-            token_id = greedy_id if adjusted is allowed else int(adjusted.argmax())
+            token_id = likeliest if adjusted is allowed else int(adjusted.argmax())
         else:
             token_id = _draw(adjusted, request)
         return SampledToken(token_id, None if params.logprobs is None else _logprobs(row, token_id, params.logprobs))
@@ -82,6 +92,17 @@ class Sampler:
             if request.matcher is None or bool((going_on > float("-inf")).any()):
                 adjusted = going_on
         return adjusted
+
+
+def takes_likeliest(request: Request) -> bool:
+    """Whether the token is the one with the largest logit, which nothing adjusts."""
+    params = request.params
+    return (
+        params.greedy
+        and not (params.logit_bias or params.presence_penalty or params.frequency_penalty or params.ignore_eos)
+        and params.repetition_penalty == 1.0
+        and request.num_output_tokens >= params.min_tokens
+    )
 
 
 def _draw(logits: Tensor, request: Request) -> int:

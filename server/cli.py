@@ -17,6 +17,7 @@ from engine.threads import wait_passively
 from server import (
     cli_analyze,
     cli_bench_experts,
+    cli_bench_structured,
     cli_doctor,
     cli_placement,
     cli_plan,
@@ -50,6 +51,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command()(cli_serve.serve)
+cli_bench_experts.app.command()(cli_bench_structured.structured)
 app.add_typer(cli_bench_experts.app, name="bench")
 app.add_typer(cli_trace.app, name="trace")
 cli_simulate.register(app, cli_bench_experts.app)

@@ -159,6 +159,28 @@ def test_what_random_weights_write_by_a_random_schema_is_valid(engine: Engine):
     assert finished > 60
 
 
+def test_a_likeliest_token_that_is_allowed_is_taken_as_with_all_that_are(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    rng = random.Random(3)
+    structures = [of("json", random_schema(rng)) for _ in range(40)]
+    structures += [of("regex", source) for source in ("[a-z]{3,40}", r"(\w+ ){3}x", "(.|\n){1,30}", "[^a]*")]
+    structures += [of("json", {}), of("choice", ["a", "ab", "abc"])] * 4
+    requests = {
+        str(i): (random_prompt(6, seed=i), SamplingParams(max_tokens=60, temperature=0.0, structure=structure))
+        for i, structure in enumerate(structures)
+    }
+    masked: list[int] = []
+    masks = Constraints._masked
+    monkeypatch.setattr(Constraints, "_masked", lambda self, rows, of: masked.append(len(of)) or masks(self, rows, of))
+    taken = {name: tokens_of(outputs) for name, outputs in run_all(engine, requests).items()}
+    num_masked = sum(masked)
+    monkeypatch.setattr("engine.constraints.takes_likeliest", lambda request: False)
+    masked.clear()
+    assert {name: tokens_of(outputs) for name, outputs in run_all(engine, requests).items()} == taken
+    assert 0 < num_masked < sum(masked)
+
+
 def test_max_tokens_cuts_an_answer_and_says_so(engine: Engine):
     outputs = answer(engine, of("regex", "a{50}"), max_tokens=7)
     assert (text_of(outputs), outputs[-1].finish_reason) == ("aaaaaaa", "length")
