@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TypeVar
 
@@ -16,19 +17,24 @@ from server.protocol.refusals import refuse_unsupported
 
 _log = logging.getLogger("foregate.server")
 _MAX_SUB_ERRORS = 10
+_SMALL_NBYTES = 256 * 1024  # takes a few milliseconds
 
 
 BodyT = TypeVar("BodyT", bound=Body)
 
 
 async def read_body(request: Request, kind: type[BodyT], ctx: AppContext) -> BodyT:
-    """The request's JSON as a `kind`; raises `ApiError` 400, 413 or 415, or `ClientGone`."""
+    """The request's JSON as a `kind`; raises `ApiError` 400, 413 or 415, or `ClientGone`.
+
+    A large one is parsed on a thread, one at a time, while the event loop goes on.
+    """
     _check_content_type(request)
     raw = await _read_limited(request, ctx.settings.max_body_nbytes)
-    try:
-        body = kind.model_validate_json(raw)
-    except ValidationError as exc:
-        raise _refusal(exc) from None
+    if len(raw) <= _SMALL_NBYTES:
+        body = _parse(raw, kind)
+    else:
+        async with ctx.large_bodies:
+            body = await asyncio.to_thread(_parse_large, raw, kind, ctx.settings.max_body_values)
     unknown = refuse_unsupported(body.model_extra or {})
     if unknown and ctx.settings.strict_requests:
         raise BadRequest(f"unknown parameter: {unknown[0][:100]}", param=unknown[0][:100], code="unknown_parameter")
@@ -36,6 +42,20 @@ async def read_body(request: Request, kind: type[BodyT], ctx: AppContext) -> Bod
         if ctx.unknown_fields.is_new(name):
             _log.warning("ignoring the unknown request field %r; this is said once for each name", name[:100])
     return body
+
+
+def _parse(raw: bytes, kind: type[BodyT]) -> BodyT:
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as exc:
+        raise _refusal(exc) from None
+
+
+def _parse_large(raw: bytes, kind: type[BodyT], max_values: int) -> BodyT:
+    # millions of numbers take seconds, in which a library in C lets no other thread run
+    if raw.count(b",") >= max_values:
+        raise ApiError(413, f"the body has more than {max_values} values or commas", code="request_too_large")
+    return _parse(raw, kind)
 
 
 def _check_content_type(request: Request) -> None:

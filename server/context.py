@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import time
@@ -60,6 +61,7 @@ class AppContext:
     history: History
     now: Callable[[], float] = time.time  # for `created`
     clock: Callable[[], float] = time.monotonic  # for durations
+    large_bodies: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))  # that are parsed at once
     unknown_fields: SeenNames = field(default_factory=SeenNames)
 
     @property

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
+from engine.admission import too_long
 from engine.messages import RequestOutput
 from server.body import read_body
 from server.chat_message import MessageBuilder
@@ -42,6 +43,9 @@ def chat_router(ctx: AppContext) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         ctx.require_room()
         body = await read_body(request, ChatRequest, ctx)
+        limit = ctx.engine.info.max_model_len
+        if len(body.messages) > limit:  # each is a token at least
+            raise too_long(limit, f"more than {limit}", param="messages")
         head = new_head(ctx, "chatcmpl", ctx.served_name(body.model))
         include_usage = body.include_usage
         n = body.n or 1

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+import server.body
 from tests.server.fake_engine import FakeEngine
 
 CHAT = "/v1/chat/completions"
@@ -252,6 +256,56 @@ async def test_a_body_above_the_limit_is_413_declared_or_not(
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "request_too_large"
     assert engine.seen == []
+
+
+async def test_a_body_with_too_many_values_is_413_and_a_large_text_is_none(
+    connect: Callable[..., httpx.AsyncClient], engine: FakeEngine
+) -> None:
+    client = connect(max_body_values=50_000)
+    response = await client.post("/v1/completions", json={"prompt": [12345] * 50_001})
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+    engine.model = msgspec.structs.replace(engine.model, max_model_len=1_000_000)
+    for prompt in ("x" * 300_000, [100] * 50_000):
+        response = await client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+        assert response.status_code == 200
+        assert engine.seen[-1][1] == (list(prompt.encode()) if isinstance(prompt, str) else prompt)
+
+
+async def test_what_is_wrong_in_a_large_body_is_named_as_in_a_small_one(client: httpx.AsyncClient) -> None:
+    for pad in (1, 300_000):
+        response = await client.post(CHAT, json={"messages": HELLO, "temperature": 3, "user": "x" * pad})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "temperature")
+        response = await client.post(
+            CHAT, content=b'{"a": "' + b"x" * pad, headers={"content-type": "application/json"}
+        )
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
+
+
+async def test_more_messages_than_the_context_has_tokens_are_too_many(client: httpx.AsyncClient) -> None:
+    response = await client.post(CHAT, json={"messages": HELLO * 65})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert response.json()["error"]["message"].startswith("This model's maximum context length is 64 tokens.")
+
+
+async def test_the_event_loop_goes_on_while_a_large_body_is_parsed(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsing, may_end = threading.Event(), threading.Event()
+    parse = server.body._parse
+
+    def slowly(raw: bytes, kind: Any) -> Any:
+        parsing.set()
+        assert may_end.wait(60)
+        return parse(raw, kind)
+
+    monkeypatch.setattr(server.body, "_parse", slowly)
+    asked = asyncio.ensure_future(client.post(CHAT, json={"messages": HELLO, "user": "x" * 300_000}))
+    while not parsing.is_set():
+        await asyncio.sleep(0.001)
+    assert (await client.get("/live")).status_code == 200
+    assert not asked.done()
+    may_end.set()
+    assert (await asked).status_code == 200
 
 
 async def test_an_unknown_field_is_accepted_with_one_warning_for_its_name(
