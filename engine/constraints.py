@@ -121,7 +121,7 @@ class Constraints:
         """float32 logits [n, V], one row a request -> what of them may be chosen; `logits` is not changed.
 
         Where the likeliest token is what is wanted, and the grammar takes it, the others are not looked at: a mask
-        costs up to a millisecond, and most where much is allowed. Also returns the requests whose grammar has become
+        costs a millisecond where much is allowed. Also returns the requests whose grammar has become
         too complex, with the reason; their rows mean nothing.
         """
         allowed = Allowed(list(logits), logits.argmax(-1).tolist())

@@ -69,6 +69,9 @@ def serve(
     max_stop_strings: Annotated[int, typer.Option(min=1, max=16, help="That a request may have.")] = 4,
     api_key_file: Annotated[Path | None, typer.Option(help="One API key a line; or set FOREGATE_API_KEY.")] = None,
     open_metrics: Annotated[bool, typer.Option(help="/metrics needs no API key.")] = False,
+    metrics_compat: Annotated[
+        str, typer.Option(help="vllm or none: its names too in /metrics, which autoscalers read.")
+    ] = "vllm",
     seed: Seed = None,
     arithmetic: Arithmetic,
     stall_timeout: Annotated[
@@ -83,6 +86,8 @@ def serve(
     """Serve MODEL over the OpenAI API."""
     start_logging(log_level)
     weights.check()
+    if metrics_compat not in ("vllm", "none"):
+        raise typer.BadParameter(f"{metrics_compat!r} is not one of vllm, none", param_hint="--metrics-compat")
     from engine.async_engine import AsyncEngine
     from engine.build import PLANNED, random_weights
     from server.app import create_app
@@ -127,6 +132,7 @@ def serve(
             max_stop_strings=max_stop_strings,
             api_key_hashes=tuple(hash_key(key) for key in keys),
             open_metrics=open_metrics,
+            metrics_compat=metrics_compat,  # type: ignore[arg-type]  # checked above
             max_parallel_prompts=max_num_seqs,
             stall_timeout_s=stall_timeout,
         )

@@ -137,6 +137,7 @@ def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def test_a_killed_engine_ends_what_runs_with_an_error_and_serves_again(server: Server):
     before = server.post(max_tokens=8).json()["choices"][0]["text"]
+    restarts = server.metric(r"foregate_engine_restarts_total\{")
     engine_pid = server.engine_pid
     with ThreadPoolExecutor(4) as pool, server.streaming(max_tokens=400) as lines:
         whole = [pool.submit(server.post, max_tokens=400, ignore_eos=True) for _ in range(4)]
@@ -151,6 +152,7 @@ def test_a_killed_engine_ends_what_runs_with_an_error_and_serves_again(server: S
     assert server.status("/live") == 200
     wait_until(lambda: server.status("/ready") == 200)
     assert server.engine_pid != engine_pid
+    assert server.metric(r"foregate_engine_restarts_total\{") == restarts + 1
     assert server.post(max_tokens=8).json()["choices"][0]["text"] == before
     assert "packing experts" not in server.log.read_text()
     server.check()

@@ -16,9 +16,11 @@ import pytest
 import engine.async_engine
 import engine.convert
 import engine.hub
+import server.app
 import server.chat_terminal
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
+from server.settings import AppSettings
 from tests.server.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +52,7 @@ def test_the_version_is_printed(foregate: Any) -> None:
         ("serve", "--max-num-seqs", "0"),
         ("serve", "--log-level", "loud"),
         ("serve", "--layers", "2"),
+        ("serve", "--metrics-compat", "other"),
         ("serve", ".", "--random", "olmoe"),
         ("bench", "offline", "--layers", "2"),
         ("serve", "--nonsense"),
@@ -107,6 +110,23 @@ def test_the_options_reach_the_engine(foregate: Any, fake: FakeEngine, tmp_path:
     assert (config.max_model_len, config.kv_memory_nbytes, config.seed, config.num_threads) == (100, 1024**3, 5, 2)
     assert (config.cache.format, config.cache.memory_nbytes, config.cache.policy) == ("int8", 2 * 1024**2, "lru")
     assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (3, 64)
+
+
+@pytest.mark.parametrize("compat", ["vllm", "none"])
+def test_other_servers_names_of_metrics_can_be_left_out(
+    foregate: Any, fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compat: str
+) -> None:
+    fake.start_error = ConfigError("far enough")
+    made: list[AppSettings] = []
+    create = server.app.create_app
+
+    def keeping(engine: Any, settings: AppSettings, **more: Any) -> Any:
+        made.append(settings)
+        return create(engine, settings, **more)
+
+    monkeypatch.setattr("server.app.create_app", keeping)
+    foregate("serve", str(tmp_path), "--port", "0", "--metrics-compat", compat)
+    assert [settings.metrics_compat for settings in made] == [compat]
 
 
 def test_without_options_the_engine_decides(foregate: Any, fake: FakeEngine, tmp_path: Path) -> None:
