@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = ("kernels", "cache", "engine", "server")  # from the ground up
 SERVER_MAY_SEE = {
+    "engine.admission",
     "engine.async_engine",
     "engine.bench",
     "engine.build",
@@ -19,6 +20,7 @@ SERVER_MAY_SEE = {
     "engine.bench_prediction",
     "engine.bench_schedule",
     "engine.bench_simulate",
+    "engine.bench_structured",
     "engine.calibrate",
     "engine.calibration",
     "engine.config",
