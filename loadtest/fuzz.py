@@ -2,6 +2,7 @@
 
 Bodies are real ones with fields replaced, added, removed or repeated, bytes flipped or cut, in the odd encoding, method
 or path. Expected are answers below 500, and 503 with Retry-After from a full queue. Exit status 1 for anything else.
+Where a request's limit was mutated away, it generates to the end of the context: serve with a small `--max-model-len`.
 """
 
 from __future__ import annotations
