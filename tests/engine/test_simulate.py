@@ -97,6 +97,18 @@ def test_experts_that_are_there_are_computed_while_the_others_are_read():
     assert last_step(trace, 4).decode.stall_share == pytest.approx(0.5 / 6.5)
 
 
+def test_small_experts_are_waited_for_together():
+    one_by_one = last_step(tokens([[0, 1]], [[2, 5]]), 4, max_depth=1)
+    assert one_by_one.decode.step_ms == pytest.approx(1e3 * (1 + 1.5 + 1.5 + 2 + 3))
+
+
+@pytest.fixture
+def large_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that each is computed as soon as it is there."""
+    monkeypatch.setattr("cache.residents._WAVE_NBYTES", RECORD)
+
+
+@pytest.mark.usefixtures("large_experts")
 def test_reads_at_once_share_the_disk_and_neighbours_come_in_one_read():
     apart = tokens([[0, 1]], [[2, 5]])
     # together 0.5 + 2 x 1; both are there at once, and computed in one call
@@ -108,6 +120,7 @@ def test_reads_at_once_share_the_disk_and_neighbours_come_in_one_read():
     assert last_step(tokens([[0, 1]], [[2, 3]]), 4, max_depth=1).decode.step_ms == pytest.approx(1e3 * 8.5)
 
 
+@pytest.mark.usefixtures("large_experts")
 def test_a_link_is_crossed_by_one_record_at_a_time():
     trace = tokens([[0, 1]], [[2, 5]])
     fast = LinkCost(latency_s=0.0, rates={1: 1e12})

@@ -133,7 +133,7 @@ def test_without_options_the_engine_decides(foregate: Any, fake: FakeEngine, tmp
     fake.start_error = ConfigError("far enough")
     foregate("serve", str(tmp_path), "--port", "0")
     config: EngineConfig = fake.config  # type: ignore[attr-defined]
-    assert config == EngineConfig(model=tmp_path, served_name=tmp_path.name)
+    assert config == EngineConfig(model=tmp_path, served_name=tmp_path.name, share_memory=True)
 
 
 def test_random_weights_take_the_place_of_a_checkpoint_and_leave_nothing_behind(

@@ -76,7 +76,7 @@ def test_another_models_trace_is_reshaped_if_asked_and_the_title_says_so(tmp_pat
     [
         (("--cache", "many"), "cannot read cache size"),
         (("--concurrency", "0"), "not a number of requests"),
-        (("--predictor", "crystal"), "known: off, oracle, auto"),
+        (("--predictor", "crystal"), "known: off, stream, oracle, auto"),
         (("--policy", "best"), "known: belady"),
     ],
 )
