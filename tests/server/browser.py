@@ -91,6 +91,17 @@ def _pages(browser: Browser) -> Iterator[OpenPage]:
         pytest.fail("\n".join(problems))
 
 
+def give_keys(page: Page, wrong: str, right: str) -> None:
+    """Both, one after the other, in the dialog that asks for one."""
+    dialog = page.get_by_role("dialog", name="API key")
+    expect(dialog).to_contain_text("wants an API key")
+    page.fill("#key", wrong)
+    page.keyboard.press("Enter")
+    expect(dialog.get_by_role("alert")).to_contain_text("not accepted")
+    page.fill("#key", right)
+    page.keyboard.press("Enter")
+
+
 def overflow(page: Page) -> int:
     """Pixels that the page is wider than its window."""
     wider: int = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")

@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 
 from engine.errors import EngineOverloaded, InvalidRequest
 from server.auth import hash_key
-from tests.server.browser import SCREENS, OpenPage, Start, browser, contrast, open_page, overflow, start
+from tests.server.browser import SCREENS, OpenPage, Start, browser, contrast, give_keys, open_page, overflow, start
 from tests.server.fake_engine import FakeEngine, Script, Token
 from tests.server.live_server import LiveServer
 
@@ -180,13 +180,7 @@ def test_a_server_that_is_gone_is_named(live: LiveServer, open_page: OpenPage) -
 def test_a_key_is_asked_for_and_kept_for_the_tab_alone(start: Start, open_page: OpenPage) -> None:
     server = start(FakeEngine(), api_key_hashes=(hash_key("right"),))
     page = open_page(f"{server.url}/", may_fail="401")
-    dialog = page.get_by_role("dialog", name="API key")
-    expect(dialog).to_contain_text("wants an API key")
-    page.fill("#key", "wrong")
-    page.keyboard.press("Enter")
-    expect(dialog.get_by_role("alert")).to_contain_text("not accepted")
-    page.fill("#key", "right")
-    page.keyboard.press("Enter")
+    give_keys(page, "wrong", "right")
     expect(page.locator("#model")).to_have_text("fake")
     say(page, "Hello?")
     expect(page.locator(".answer")).to_have_text("Paris.")

@@ -7,7 +7,7 @@ import re
 from playwright.sync_api import Page, expect
 
 from server.auth import hash_key
-from tests.server.browser import OpenPage, Start, browser, open_page, start
+from tests.server.browser import OpenPage, Start, browser, give_keys, open_page, start
 from tests.server.fake_engine import FakeEngine
 
 __all__ = ["browser", "open_page", "start"]
@@ -30,13 +30,7 @@ def test_every_route_is_shown(start: Start, open_page: OpenPage) -> None:
 def test_the_key_is_asked_for_and_can_be_changed_under_authorize(start: Start, open_page: OpenPage) -> None:
     server = start(FakeEngine(), api_key_hashes=(hash_key("right"),))
     page = open_page(f"{server.url}/docs", may_fail="401")
-    dialog = page.get_by_role("dialog", name="API key")
-    expect(dialog).to_contain_text("wants an API key")
-    page.fill("#key", "wrong")
-    page.keyboard.press("Enter")
-    expect(dialog.get_by_role("alert")).to_contain_text("not accepted")
-    page.fill("#key", "right")
-    page.keyboard.press("Enter")
+    give_keys(page, "wrong", "right")
     expect(page.locator(".info .title")).to_contain_text("Foregate")
     status = page.locator(".live-responses-table tbody .response-col_status").first
     ask_for_models(page)
