@@ -8,11 +8,35 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET was set when triton was imported
+
+
+def _interpret_products_in_double() -> None:
+    """Make the interpreter's float32 products the same bits for any number of rows, as a GPU's are.
+
+    It leaves them to a BLAS, which on some CPUs adds in another order for another shape. In double precision the order
+    is below what a float32 sees.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        if d.data.dtype != np.float32 or a.dtype.primitive_bitwidth == 8:
+            return plain(self, a, b, d, *options)
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(np.float32)
+        return TensorHandle(product + d.data, d.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+if INTERPRETED:
+    _interpret_products_in_double()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,11 +34,19 @@ struct Scratch {
 static Scratch scratch;
 
 // Results of one product(), for each thread its own.
-static Values values_of_thread(int num_rows) {
+static Values values_of_thread(int num_rows, int num_blocks) {
     static thread_local std::vector<float> memory;
-    const size_t wanted = (size_t)num_rows * kBlocks * kLanes + 16;
+    const size_t wanted = (size_t)num_rows * num_blocks * kLanes + 16;
     if (memory.size() < wanted) memory.resize(wanted);
     return {(float*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63), num_rows};
+}
+
+// Blocks that a task takes of the `num_blocks` of one matrix, of `num_in_all` in the call, for products with `num_rows` rows:
+// as many as leave each thread some tasks, and whose results stay in the L2 cache; an even number.
+static int blocks_of_task(const ThreadPool& pool, int num_blocks, int num_in_all, int num_rows) {
+    constexpr int tasks_per_thread = 8, values_nbytes = 128 << 10;
+    const int most = std::min(num_in_all / (tasks_per_thread * pool.num_threads()), values_nbytes / 64 / std::max(1, num_rows));
+    return std::min(num_blocks, std::max(kFewBlocks, std::min(kTaskBlocks, most / 2 * 2)));
 }
 
 // Rows begin..end cut into runs of at most 16, as even as possible.
@@ -70,10 +78,11 @@ static void linear(ThreadPool& pool, const LinearCall& call) {
     if (call.num_rows <= 2) for (int row = 0; row < call.num_rows; ++row) fill(row);
     else pool.parallel(call.num_rows, fill);
     const int num_blocks = ceil_div(call.num_outputs, kLanes);
-    const int blocks_per_task = num_blocks >= 4 * kBlocks * pool.num_threads() ? kBlocks : kPair;
+    const int blocks_per_task =
+        num_blocks >= 4 * kFewBlocks * pool.num_threads() ? blocks_of_task(pool, num_blocks, num_blocks, call.num_rows) : kPair;
     pool.parallel(ceil_div(num_blocks, blocks_per_task), [&](int task) {
         const int begin = task * blocks_per_task, end = std::min(num_blocks, begin + blocks_per_task);
-        const Values values = values_of_thread(call.num_rows);
+        const Values values = values_of_thread(call.num_rows, end - begin);
         const TileScope tiles;
         product(shape, call.weight + begin * shape.block_nbytes, end - begin, runs.data(), (int)runs.size(), memory, values);
         for (int row = 0; row < call.num_rows; ++row)
@@ -113,7 +122,7 @@ static void products_of_experts(ThreadPool& pool, const ExpertCall& call) {
     first_run.clear();
     position_of.clear();
     size_t total = 0, inner_total = 0;
-    int num_rows = 0;
+    int num_rows = 0, most_rows = 0;  // of all experts, of one
     const bool one_token = call.num_tokens == 1;
     for (int e = 0; e < call.num_ready; ++e) {
         const int32_t* rows = rows_of_ready(call, e);
@@ -123,6 +132,7 @@ static void products_of_experts(ThreadPool& pool, const ExpertCall& call) {
         cut_runs(out, num_rows, num_rows + num, inner_runs, inner_total);
         for (int i = rows[0]; i < rows[1]; ++i) position_of.push_back(call.routing.positions[i]);
         num_rows += num;
+        most_rows = std::max(most_rows, num);
     }
     first_run.push_back((int)runs.size());
     if (one_token)  // all experts read the same row
@@ -138,8 +148,10 @@ static void products_of_experts(ThreadPool& pool, const ExpertCall& call) {
         filled = std::vector<Countdown>(call.num_ready);
         gated = std::vector<Countdown>(call.num_ready);
     }
-    const int units_per_task = kBlocks / 2 * kLanes, num_gates = inner / units_per_task;
-    const int num_blocks = hidden / kLanes, blocks_per_task = kBlocks;
+    const int num_gate_blocks = inner / kLanes * 2, num_blocks = hidden / kLanes;
+    const int gate_blocks_per_task = blocks_of_task(pool, num_gate_blocks, call.num_ready * num_gate_blocks, most_rows);
+    const int blocks_per_task = blocks_of_task(pool, num_blocks, call.num_ready * num_blocks, most_rows);
+    const int num_gates = ceil_div(num_gate_blocks, gate_blocks_per_task);
     const int num_downs = ceil_div(num_blocks, blocks_per_task), num_fills = one_token ? 0 : (int)runs.size();
     // where a token goes to several of these experts it is quantised once, and copied to each
     const bool copies = !one_token && num_rows >= 2 * call.num_tokens;
@@ -173,15 +185,16 @@ static void products_of_experts(ThreadPool& pool, const ExpertCall& call) {
     };
 
     auto gate_and_up = [&](int e, int begin) {
+        const int num = std::min(gate_blocks_per_task, num_gate_blocks - begin);
         const RowSpan* mine = runs.data() + first_run[e];
         const int num_runs = first_run[e + 1] - first_run[e];
-        const Values values = values_of_thread(rows_of(mine, num_runs));
+        const Values values = values_of_thread(rows_of(mine, num_runs), num);
         filled[e].wait();
         const TileScope tiles;
-        product(in, call.records[e] + (size_t)(begin / kLanes) * 2 * in.block_nbytes, kBlocks, mine, num_runs, memory, values);
+        product(in, call.records[e] + begin * in.block_nbytes, num, mine, num_runs, memory, values);
         for (int r = 0; r < values.num_rows; ++r)
-            for (int b = 0; b < kBlocks; b += 2) {
-                float* to = activated + (size_t)(mine[0].first + r) * inner + begin + b / 2 * kLanes;
+            for (int b = 0; b < num; b += 2) {
+                float* to = activated + (size_t)(mine[0].first + r) * inner + (begin + b) / 2 * kLanes;
                 f_store(to, gated_up(f_load(values.at(b, r)), f_load(values.at(b + 1, r))));
             }
         if (!gated[e].is_last()) return;
@@ -197,7 +210,7 @@ static void products_of_experts(ThreadPool& pool, const ExpertCall& call) {
         const int end = std::min(num_blocks, begin + blocks_per_task);
         const RowSpan* mine = inner_runs.data() + first_run[e];
         const int num_runs = first_run[e + 1] - first_run[e];
-        const Values values = values_of_thread(rows_of(mine, num_runs));
+        const Values values = values_of_thread(rows_of(mine, num_runs), end - begin);
         gated[e].wait();
         const TileScope tiles;
         product(out, call.records[e] + down_at + begin * out.block_nbytes, end - begin, mine, num_runs, inner_memory, values);
@@ -212,7 +225,7 @@ static void products_of_experts(ThreadPool& pool, const ExpertCall& call) {
         task -= num_tokens_tasks;
         if (task < num_fills) return fill(task);
         task -= num_fills;
-        if (task < call.num_ready * num_gates) return gate_and_up(task / num_gates, task % num_gates * units_per_task);
+        if (task < call.num_ready * num_gates) return gate_and_up(task / num_gates, task % num_gates * gate_blocks_per_task);
         task -= call.num_ready * num_gates;
         down(task / num_downs, task % num_downs * blocks_per_task);
     });
@@ -251,12 +264,12 @@ static void expert_mlp_by_tokens(ThreadPool& pool, const ExpertCall& call, int n
                     const Tile token(in, tokens + (position[run.first + r] / num_active - begin) * token_nbytes, 1);
                     copy_row(in, token, Tile(in, tiles + run.at, run.num_rows), r);
                 }
-            const Values values = values_of_thread(num_rows);
+            const Values values = values_of_thread(num_rows, kFewBlocks);
             const int num_runs = (int)runs.size();
-            for (int unit = 0; unit < inner; unit += kBlocks / 2 * kLanes) {
-                product(in, call.records[e] + unit / kLanes * 2 * in.block_nbytes, kBlocks, runs.data(), num_runs, tiles, values);
+            for (int unit = 0; unit < inner; unit += kFewBlocks / 2 * kLanes) {
+                product(in, call.records[e] + unit / kLanes * 2 * in.block_nbytes, kFewBlocks, runs.data(), num_runs, tiles, values);
                 for (int r = 0; r < num_rows; ++r)
-                    for (int b = 0; b < kBlocks; b += 2) {
+                    for (int b = 0; b < kFewBlocks; b += 2) {
                         float* to = activated + (size_t)r * inner + unit + b / 2 * kLanes;
                         f_store(to, gated_up(f_load(values.at(b, r)), f_load(values.at(b + 1, r))));
                     }
@@ -264,8 +277,8 @@ static void expert_mlp_by_tokens(ThreadPool& pool, const ExpertCall& call, int n
             for (const RowSpan& run : inner_runs)
                 for (int r = 0; r < run.num_rows; ++r)
                     put_row(out, activated + (size_t)(run.first + r) * inner, Tile(out, inner_tiles + run.at, run.num_rows), r);
-            for (int first = 0; first < num_blocks; first += kBlocks) {
-                const int num = std::min(kBlocks, num_blocks - first);
+            for (int first = 0; first < num_blocks; first += kFewBlocks) {
+                const int num = std::min(kFewBlocks, num_blocks - first);
                 product(out, call.records[e] + down_at + first * out.block_nbytes, num, inner_runs.data(), num_runs, inner_tiles, values);
                 for (int r = 0; r < num_rows; ++r) {
                     float* to = products + (size_t)(position[r] - begin * num_active) * hidden + first * kLanes;

@@ -22,7 +22,13 @@ constexpr int kSpanPieces = 4;   // pieces that share a scale
 constexpr int kLanes = 16;       // outputs in one block
 constexpr int kTile = 16;        // rows at most that lie together, piece by piece
 constexpr int kPair = 2;         // blocks that are multiplied together
-constexpr int kBlocks = 4;       // blocks at most in one product: memory gives four streams faster than one
+constexpr int kTaskBlocks = 32;  // blocks at most in one task: each begins by waiting for memory
+constexpr int kFewBlocks = 4;    // blocks at least, where there are as many
+#if defined(FG_AMX)
+constexpr int kStreams = 4;      // blocks that a few rows read in turn: CPUs with AMX were seen to read four faster than one,
+#else
+constexpr int kStreams = 1;      // and one without AMX one faster than four
+#endif
 constexpr float kLow = 1.0f / 256.0f;  // a low byte's worth beside a high one's
 constexpr float kOutlier = 6.0f; // times the root mean square: a span with more than that gets low bytes
 #if defined(FG_AVX512)
@@ -36,6 +42,9 @@ constexpr int kManyRows = 4;
 constexpr int kBf16Blocks = 1;
 constexpr int kBf16Rows = 2;
 #endif
+
+// Unrolled before GCC decides what to keep in registers, which otherwise are written to the stack and read back.
+#define FG_UNROLL _Pragma("GCC unroll 16")
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 static inline bool is_integer(int format) { return format == kInt4 || format == kInt8; }
@@ -259,12 +268,12 @@ static inline void sum_span_int8(const uint8_t* w, int num_pieces, const uint8_t
     for (int r = 0; r < R; ++r) out[r] = f_from_i(i_add(even[r], odd[r]));
 }
 
-// Of int4 and int8, for all blocks from w on, a span of each in turn; results go to row first_row and on of `out`.
+// Of int4 and int8, for at most kStreams blocks from w on, a span of each in turn; results go to row first_row and on of `out`.
 template <int R, int Format>
 static inline void product_integer(const Shape& shape, const uint8_t* w, int num_blocks, const Tile& x, int first,
                                    const Values& out, int first_row) {
     constexpr int piece_nbytes = Format == kInt4 ? 576 : 1024;
-    F16 total[kBlocks][R];
+    F16 total[kStreams][R];
     for (int b = 0; b < num_blocks; ++b)
         for (int r = 0; r < R; ++r) total[b][r] = f_zero();
     for (int s = 0; s < shape.num_spans; ++s) {
@@ -418,6 +427,7 @@ struct SpanOfRows {
 struct SpanOfWeights {
     const uint8_t* packed[kPair];
     const uint8_t* blocks[kPair];  // [pieces, 16, 64]
+    const uint8_t* next[kPair];    // packed, of the span that comes after this one
     F16 factors[kPair];
     int num_blocks, span, num_pieces;
 };
@@ -437,21 +447,21 @@ static inline void add_span(const SpanOfWeights& w, int block, const SpanOfRows&
     const size_t stride = (size_t)num_rows * 64;
     const uint8_t* chunk = x.chunks + first * 64;
     I16 acc[B][R];
-    for (int b = 0; b < B; ++b)
-        for (int r = 0; r < R; ++r) acc[b][r] = i_set1(x.correction[first + r]);
+    FG_UNROLL for (int b = 0; b < B; ++b)
+        FG_UNROLL for (int r = 0; r < R; ++r) acc[b][r] = i_set1(x.correction[first + r]);
     for (int p = 0; p < w.num_pieces; ++p, chunk += stride, next += stride) {
-        for (int r = 0; r < R; ++r) prefetch(next + r * 64);
+        FG_UNROLL for (int r = 0; r < R; ++r) prefetch(next + r * 64);
         for (int c = 0; c < 16; ++c) {
             B64 weights[B];
-            for (int b = 0; b < B; ++b) weights[b] = b_load(w.blocks[block + b] + p * 1024 + c * 64);
-            for (int r = 0; r < R; ++r) {
+            FG_UNROLL for (int b = 0; b < B; ++b) weights[b] = b_load(w.blocks[block + b] + p * 1024 + c * 64);
+            FG_UNROLL for (int r = 0; r < R; ++r) {
                 const int32_t inputs = word_at(chunk + r * 64 + c * 4);
-                for (int b = 0; b < B; ++b) acc[b][r] = dot4(acc[b][r], weights[b], inputs);
+                FG_UNROLL for (int b = 0; b < B; ++b) acc[b][r] = dot4(acc[b][r], weights[b], inputs);
             }
         }
     }
-    for (int b = 0; b < B; ++b)
-        for (int r = 0; r < R; ++r) {
+    FG_UNROLL for (int b = 0; b < B; ++b)
+        FG_UNROLL for (int r = 0; r < R; ++r) {
             const F16 scaled = f_mul(w.factors[block + b], f_set1(x.scales[first + r]));
             float* to = values.at(block + b, row + r);
             f_store(to, f_fma(f_from_i(acc[b][r]), scaled, is_first ? f_zero() : f_load(to)));
@@ -476,10 +486,13 @@ public:
             const int row = runs[t].first - first_row_;
             for (int r = 0; r < num_rows; r += kManyRows) {
                 for (const size_t end = std::min(span_nbytes, ahead + part); ahead < end; ahead += 64)
-                    for (int b = 0; b < weights.num_blocks; ++b) prefetch(weights.packed[b] + span_nbytes + ahead);
+                    for (int b = 0; b < weights.num_blocks; ++b) prefetch(weights.next[b] + ahead);
                 const uint8_t* next = x.chunks + (r + kManyRows) * 64;
-                if (r + kManyRows >= num_rows && t + 1 < num_runs)
-                    next = SpanOfRows(Tile(shape_, memory_ + runs[t + 1].at, runs[t + 1].num_rows), weights.span, low).chunks;
+                if (r + kManyRows >= num_rows) {
+                    const RowSpan& run = runs[t + 1 < num_runs ? t + 1 : 0];
+                    const int span = t + 1 < num_runs ? weights.span : (weights.span + 1) % shape_.num_spans;
+                    next = SpanOfRows(Tile(shape_, memory_ + run.at, run.num_rows), span, low).chunks;
+                }
                 with_rows<kManyRows>(num_rows - r, [&](auto rows) {
                     constexpr int R = decltype(rows)::value;
 #if defined(FG_AVX512)
@@ -518,6 +531,9 @@ static void product_by_spans(const Shape& shape, const uint8_t* w, int num_block
                 weights.blocks[b] = expanded[b];
             }
             weights.factors[b] = f_from_bf16(shape.scales(block) + s * 32);
+            const uint8_t* next_block = block + kPair * shape.block_nbytes;
+            weights.next[b] = s + 1 < shape.num_spans ? weights.packed[b] + kSpanPieces * shape.piece_nbytes : next_block;
+            prefetch(shape.scales(next_block) + s * 32);
         }
         adder.add(weights, runs, num_runs, false);
         if (!shape.has_low) continue;
@@ -538,7 +554,7 @@ static inline int by_spans_from(int format) {
 #endif
 }
 
-// Products of the blocks from w on, at most kBlocks, with all rows of the runs.
+// Products of the blocks from w on with all rows of the runs.
 static void product(const Shape& shape, const uint8_t* w, int num_blocks, const RowSpan* runs, int num_runs, uint8_t* memory,
                     const Values& values) {
     if (num_runs == 0) return;
@@ -565,10 +581,14 @@ static void product(const Shape& shape, const uint8_t* w, int num_blocks, const 
             with_rows<kFewRows>(num_rows - first, [&](auto rows) {
                 constexpr int R = decltype(rows)::value;
                 const int row = first_row + first;
-                if (shape.format == kInt4) return product_integer<R, kInt4>(shape, w, num_blocks, x, first, values, row);
-                if (shape.format == kInt8) return product_integer<R, kInt8>(shape, w, num_blocks, x, first, values, row);
-                for (int b = 0; b < num_blocks; ++b)
-                    product_float32<R>(shape, w + b * shape.block_nbytes, x, first, values, b, row);
+                for (int b = 0; b < num_blocks; b += kStreams) {
+                    const uint8_t* block = w + b * shape.block_nbytes;
+                    const int num = std::min(kStreams, num_blocks - b);
+                    const Values out{values.at(b, 0), values.num_rows};
+                    if (shape.format == kInt4) product_integer<R, kInt4>(shape, block, num, x, first, out, row);
+                    else if (shape.format == kInt8) product_integer<R, kInt8>(shape, block, num, x, first, out, row);
+                    else for (int i = b; i < b + num; ++i) product_float32<R>(shape, w + i * shape.block_nbytes, x, first, values, i, row);
+                }
             });
     }
 }
