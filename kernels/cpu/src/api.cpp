@@ -201,7 +201,7 @@ void foregate_pack(int format, const float* weight, int num_outputs, int num_inp
 // Read memory with all threads, as a roof for what is bound by it; returns a sum so that nothing is left out.
 uint64_t foregate_read(const uint64_t* words, int64_t num_words) {
     std::lock_guard<std::mutex> lock(mutex);
-    constexpr int64_t chunk = 1 << 15;
+    constexpr int64_t chunk = 1 << 19;  // 4 MiB: every one begins by waiting for memory
     std::atomic<uint64_t> total{0};
     pool->parallel((int)((num_words + chunk - 1) / chunk), [&](int task) {
         uint64_t sum[8] = {};

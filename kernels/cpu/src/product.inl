@@ -567,28 +567,30 @@ static void product(const Shape& shape, const uint8_t* w, int num_blocks, const 
 #if defined(FG_AMX)
     if (shape.format == kBf16) return by_pairs(amx_product_bf16);
 #endif
-    for (int t = 0; t < num_runs; ++t) {
-        const int num_rows = runs[t].num_rows;
-        const Tile x(shape, memory + runs[t].at, num_rows);
-        const int first_row = runs[t].first - runs[0].first;
+    // all rows with a few blocks before the next ones, so that weights are read once
+    const int num_together = shape.format == kBf16 ? kBf16Blocks : kStreams;
+    for (int b = 0; b < num_blocks; b += num_together) {
+        const uint8_t* block = w + b * shape.block_nbytes;
+        const int num = std::min(num_together, num_blocks - b);
+        const Values out{values.at(b, 0), values.num_rows};
+        for (int t = 0; t < num_runs; ++t) {
+            const int num_rows = runs[t].num_rows;
+            const Tile x(shape, memory + runs[t].at, num_rows);
+            const int first_row = runs[t].first - runs[0].first;
 #if !defined(FG_AMX)
-        if (shape.format == kBf16) {
-            product_bf16_of_tile(shape, w, num_blocks, x, values, first_row);
-            continue;
-        }
+            if (shape.format == kBf16) {
+                product_bf16_of_tile(shape, block, num, x, out, first_row);
+                continue;
+            }
 #endif
-        for (int first = 0; first < num_rows; first += kFewRows)
-            with_rows<kFewRows>(num_rows - first, [&](auto rows) {
-                constexpr int R = decltype(rows)::value;
-                const int row = first_row + first;
-                for (int b = 0; b < num_blocks; b += kStreams) {
-                    const uint8_t* block = w + b * shape.block_nbytes;
-                    const int num = std::min(kStreams, num_blocks - b);
-                    const Values out{values.at(b, 0), values.num_rows};
-                    if (shape.format == kInt4) product_integer<R, kInt4>(shape, block, num, x, first, out, row);
-                    else if (shape.format == kInt8) product_integer<R, kInt8>(shape, block, num, x, first, out, row);
-                    else for (int i = b; i < b + num; ++i) product_float32<R>(shape, w + i * shape.block_nbytes, x, first, values, i, row);
-                }
-            });
+            for (int first = 0; first < num_rows; first += kFewRows)
+                with_rows<kFewRows>(num_rows - first, [&](auto rows) {
+                    constexpr int R = decltype(rows)::value;
+                    const int row = first_row + first;
+                    if (shape.format == kInt4) return product_integer<R, kInt4>(shape, block, num, x, first, out, row);
+                    if (shape.format == kInt8) return product_integer<R, kInt8>(shape, block, num, x, first, out, row);
+                    for (int i = 0; i < num; ++i) product_float32<R>(shape, block + i * shape.block_nbytes, x, first, out, i, row);
+                });
+        }
     }
 }
