@@ -223,29 +223,29 @@ template <int R>
 static inline void sum_span_int4(const uint8_t* w, int num_pieces, const uint8_t* chunk, const int32_t* pairs, int num_rows,
                                  const int32_t* correction, F16 out[R]) {
     I16 base[R];
-    for (int r = 0; r < R; ++r) {
+    FG_UNROLL for (int r = 0; r < R; ++r) {
         base[r] = i_set1(correction[r]);
         out[r] = f_zero();
     }
     for (int p = 0; p < num_pieces; ++p, w += 576, chunk += (size_t)num_rows * 64, pairs += num_rows) {
         for (int i = 0; i < 9; ++i) prefetch(w + 4 * 576 + i * 64);
         const I16 bases = i_pairs_from_u8(w + 544);
-        for (int r = 0; r < R; ++r) base[r] = dot2(base[r], bases, pairs[r]);
+        FG_UNROLL for (int r = 0; r < R; ++r) base[r] = dot2(base[r], bases, pairs[r]);
         for (int g = 0; g < 2; ++g) {
             I16 low_sum[R], high_sum[R];
-            for (int r = 0; r < R; ++r) low_sum[r] = high_sum[r] = i_set1(0);
+            FG_UNROLL for (int r = 0; r < R; ++r) low_sum[r] = high_sum[r] = i_set1(0);
             for (int c = 0; c < 4; ++c) {
                 const B64 both = b_load(w + g * 256 + c * 64);
                 const B64 low = b_low(both), high = b_high_part(both);
                 const uint8_t* at = chunk + g * 32 + c * 8;
-                for (int r = 0; r < R; ++r) low_sum[r] = dot4_small(low_sum[r], low, word_at(at + r * 64));
-                for (int r = 0; r < R; ++r) high_sum[r] = dot4_high_part(high_sum[r], high, word_at(at + r * 64 + 4));
+                FG_UNROLL for (int r = 0; r < R; ++r) low_sum[r] = dot4_small(low_sum[r], low, word_at(at + r * 64));
+                FG_UNROLL for (int r = 0; r < R; ++r) high_sum[r] = dot4_high_part(high_sum[r], high, word_at(at + r * 64 + 4));
             }
             const F16 step = f_from_i(i_from_u8(w + 512 + g * 16));
-            for (int r = 0; r < R; ++r) out[r] = f_fma(f_from_i(i_add(low_sum[r], i_of_high_parts(high_sum[r]))), step, out[r]);
+            FG_UNROLL for (int r = 0; r < R; ++r) out[r] = f_fma(f_from_i(i_add(low_sum[r], i_of_high_parts(high_sum[r]))), step, out[r]);
         }
     }
-    for (int r = 0; r < R; ++r) out[r] = f_add(out[r], f_from_i(base[r]));
+    FG_UNROLL for (int r = 0; r < R; ++r) out[r] = f_add(out[r], f_from_i(base[r]));
 }
 
 // One span of an int8 block with R rows of chunks: two chains, so that latency does not bind at one row.
@@ -253,7 +253,7 @@ template <int R>
 static inline void sum_span_int8(const uint8_t* w, int num_pieces, const uint8_t* chunk, int num_rows, const int32_t* correction,
                                  F16 out[R]) {
     I16 even[R], odd[R];
-    for (int r = 0; r < R; ++r) {
+    FG_UNROLL for (int r = 0; r < R; ++r) {
         even[r] = i_set1(correction[r]);
         odd[r] = i_set1(0);
     }
@@ -262,10 +262,10 @@ static inline void sum_span_int8(const uint8_t* w, int num_pieces, const uint8_t
             prefetch(w + 3072 + c * 64);
             prefetch(w + 3072 + c * 64 + 64);
             const B64 even_w = b_load(w + c * 64), odd_w = b_load(w + c * 64 + 64);
-            for (int r = 0; r < R; ++r) even[r] = dot4(even[r], even_w, word_at(chunk + r * 64 + c * 4));
-            for (int r = 0; r < R; ++r) odd[r] = dot4(odd[r], odd_w, word_at(chunk + r * 64 + c * 4 + 4));
+            FG_UNROLL for (int r = 0; r < R; ++r) even[r] = dot4(even[r], even_w, word_at(chunk + r * 64 + c * 4));
+            FG_UNROLL for (int r = 0; r < R; ++r) odd[r] = dot4(odd[r], odd_w, word_at(chunk + r * 64 + c * 4 + 4));
         }
-    for (int r = 0; r < R; ++r) out[r] = f_from_i(i_add(even[r], odd[r]));
+    FG_UNROLL for (int r = 0; r < R; ++r) out[r] = f_from_i(i_add(even[r], odd[r]));
 }
 
 // Of int4 and int8, for at most kStreams blocks from w on, a span of each in turn; results go to row first_row and on of `out`.
@@ -549,6 +549,8 @@ static void product_by_spans(const Shape& shape, const uint8_t* w, int num_block
 static inline int by_spans_from(int format) {
 #if defined(FG_AMX)
     return format == kInt4 ? 6 : 8;
+#elif defined(FG_AVX512)
+    return format == kInt4 ? kFewRows - 1 : kFewRows + 1;
 #else
     return format == kInt4 ? 2 * kFewRows : kFewRows + 1;
 #endif
