@@ -264,10 +264,10 @@ async def test_stop_drains_what_is_in_flight_and_takes_nothing_new(config: Engin
 async def test_stop_without_time_to_drain_ends_streams_with_an_error(config: EngineConfig):
     engine = AsyncEngine(config)
     await engine.start()
-    task = asyncio.ensure_future(collect(engine, "a", random_prompt(20), greedy(150)))
-    await asyncio.sleep(0.05)
+    answer = engine.generate("a", random_prompt(20), greedy(150))
+    await anext(answer)
     await engine.stop()
-    outputs = await asyncio.wait_for(task, 5)
+    outputs = [output async for output in answer]
     assert outputs[-1].finish_reason == "error"
 
 
