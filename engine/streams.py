@@ -28,7 +28,7 @@ class Stream:
 
     def put(self, output: RequestOutput) -> None:
         """Never waits."""
-        if len(self._pending) < _MAX_PENDING:
+        if not self._late and len(self._pending) < _MAX_PENDING:  # what is late goes before what comes later
             self._pending.append(output)
         else:
             self._late.append(output)
