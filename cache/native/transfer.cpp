@@ -138,6 +138,7 @@ class Transfer {
                 lock.unlock();
                 carry_out(jobs, true);
                 lock.lock();
+                wake();  // a read more may be under way now, and we look for what is waited for alone
             } else {
                 ++num_waiting_;
                 arrived_.wait(lock);
@@ -216,7 +217,10 @@ class Transfer {
                 wake();
                 return jobs;
             }
-            if (is_closing_ && queue_.is_empty()) return {};
+            if (is_closing_ && queue_.is_empty()) {
+                work_.notify_all();  // those that were told before, and might not read beside others then
+                return {};
+            }
             ++num_idle_;
             work_.wait(lock);
             --num_idle_;

@@ -144,6 +144,14 @@ def test_closing_finishes_what_was_submitted_and_tells_of_it(open_reader):
     one.transfer.close()
 
 
+def test_closing_ends_threads_that_may_not_read_beside_the_last_ones(open_reader):
+    one = open_reader(depth=8, link_bandwidth=SLOW)
+    for key in apart(4):
+        one.submit(key, 0.1)  # so unsure that only a few threads may read at once: the others go on waiting
+    one.transfer.close()
+    assert sorted(key for key, _ in one.told) == apart(4)
+
+
 def test_a_record_with_a_flipped_bit_is_read_twice_and_its_neighbours_once(open_reader, packed: Path):
     header = read_packed_header(packed)
     with packed.open("r+b") as file:
