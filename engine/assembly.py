@@ -38,7 +38,7 @@ from engine.recordings import Recordings
 from engine.scheduler import FcfsScheduler
 from engine.schedulers import SCHEDULERS
 from engine.tokenizer import TokenDecoder, Tokenizer
-from kernels.backend import Backend
+from kernels.backend import Backend, Choose, make_choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ class Assembly:
     blocks: BlockManager
     scheduler: FcfsScheduler
     constraints: Constraints
+    choose: Choose
     next_seed: Callable[[], int]  # 63 bits, for a request that brings none
 
 
@@ -144,6 +145,7 @@ def assemble(
         blocks=blocks,
         scheduler=SCHEDULERS[config.scheduler.policy](config.scheduler, blocks, live, time.perf_counter),
         constraints=Constraints(tokenizer.to_json, spec.vocab_size, sorted(eos_token_ids), num_threads),
+        choose=make_choose(backend, num_threads),
         next_seed=_seeds(config.seed),
     )
     if group is not None:

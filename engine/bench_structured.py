@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -18,8 +19,9 @@ from engine.convert import Progress
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.request import Request
-from engine.sampler import Allowed, SampledToken, Sampler
+from engine.sampler import SampledToken, Sampler
 from engine.sampling_params import SamplingParams, Structure
+from kernels.backend import Choose
 
 _RECORD = {
     "type": "object",
@@ -61,15 +63,18 @@ class StructuredResult(msgspec.Struct, frozen=True, kw_only=True):
 class _Dictation(Sampler):
     """Samples as ever, and then takes the tokens that it is told."""
 
-    def __init__(self) -> None:
-        super().__init__(())
-        self.answers: dict[int, list[int]] = {}  # by the requests' seeds
+    def __init__(self, answers: dict[int, list[int]], eos_token_ids: Sequence[int], choose: Choose) -> None:
+        """`answers` by the requests' seeds; may change."""
+        super().__init__((), choose)
+        self._answers = answers
 
-    def sample(self, logits: Tensor, requests: Sequence[Request], allowed: Allowed | None = None) -> list[SampledToken]:
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], allowed: Sequence[Tensor] | None = None
+    ) -> list[SampledToken]:
         chosen = super().sample(logits, requests, allowed)
         return [
-            replace(token, token_id=self.answers[request.seed][request.num_output_tokens])
-            if request.seed in self.answers
+            replace(token, token_id=self._answers[request.seed][request.num_output_tokens])
+            if request.seed in self._answers
             else token
             for token, request in zip(chosen, requests, strict=True)
         ]
@@ -88,14 +93,14 @@ def bench_structured(
     for name in structures:
         if name not in STRUCTURES:
             raise ConfigError(f"unknown structure {name!r}; known: {', '.join(STRUCTURES)}")
-    sampler = _Dictation()
+    dictated: dict[int, list[int]] = {}
     scheduler = replace(config.scheduler, max_num_seqs=num_seqs)
-    engine = Engine(replace(config, scheduler=scheduler), progress, sampler=sampler)
+    engine = Engine(replace(config, scheduler=scheduler), progress, sampler=partial(_Dictation, dictated))
     try:
         for name in structures:
             kind, source = STRUCTURES[name]
             structure = Structure(kind=kind, source=source, param=name)
-            bench = _Bench(engine, sampler, workload, num_seqs, structure)
+            bench = _Bench(engine, dictated, workload, num_seqs, structure)
             bench.run(structured=True)
             bench.dictate()
             bench.run(structured=False)
@@ -121,15 +126,15 @@ class _Bench:
     """Runs of one structure on one engine."""
 
     def __init__(
-        self, engine: Engine, sampler: _Dictation, workload: Workload, num_seqs: int, structure: Structure
+        self, engine: Engine, dictated: dict[int, list[int]], workload: Workload, num_seqs: int, structure: Structure
     ) -> None:
         self._engine = engine
-        self._sampler = sampler
+        self._dictated = dictated
         self._workload = workload
         self._structure = structure
         self._prompts = bench_prompts(engine, workload, num_seqs, seed=num_seqs)
         self._answers: dict[int, list[int]] = {}
-        self._sampler.answers = {}
+        self._dictated.clear()
 
     def run(self, *, structured: bool) -> float:
         """Median seconds of a step in which every sequence gets a token but its first."""
@@ -161,4 +166,4 @@ class _Bench:
 
     def dictate(self) -> None:
         """From now on every run makes the last one's tokens."""
-        self._sampler.answers = self._answers
+        self._dictated.update(self._answers)

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.byte_lru import ByteLru
 from engine.errors import InvalidRequest
 from engine.request import Request
-from engine.sampler import Allowed, takes_likeliest
+from engine.sampler import takes_likeliest
 from engine.sampling_params import Structure
 
 if TYPE_CHECKING:
@@ -117,27 +117,26 @@ class Constraints:
                     refused.append((request, why))
         return begin, refused
 
-    def constrain(self, logits: Tensor, requests: Sequence[Request]) -> tuple[Allowed, dict[Request, InvalidRequest]]:
-        """float32 logits [n, V], one row a request -> what of them may be chosen; `logits` is not changed.
+    def constrain(
+        self, logits: Tensor, requests: Sequence[Request]
+    ) -> tuple[list[Tensor], dict[Request, InvalidRequest]]:
+        """float32 logits [n, V], one row a request -> rows of what may be chosen; `logits` is not changed.
 
         Where the likeliest token is what is wanted, and the grammar takes it, the others are not looked at: a mask
         costs a millisecond where much is allowed. Also returns the requests whose grammar has become
         too complex, with the reason; their rows mean nothing.
         """
-        allowed = Allowed(list(logits), logits.argmax(-1).tolist())
-        structured = [request for request in requests if request.matcher is not None]
+        allowed = list(logits)
+        structured = [i for i, request in enumerate(requests) if request.matcher is not None]
         if not structured:
             return allowed, {}
-        rows = [
-            i
-            for i, request in enumerate(requests)
-            if request.matcher is not None and not _takes(request, allowed.likeliest[i])
-        ]
+        likeliest = logits[structured].argmax(-1).tolist()
+        rows = [i for i, token in zip(structured, likeliest, strict=True) if not _takes(requests[i], token)]
         if rows:
             masked = self._masked(logits[rows], [requests[i] for i in rows])
-            for i, row, likeliest in zip(rows, masked, masked.argmax(-1).tolist(), strict=True):
-                allowed.rows[i], allowed.likeliest[i] = row, likeliest
-        return allowed, self._spoiled(structured)
+            for i, row in zip(rows, masked, strict=True):
+                allowed[i] = row
+        return allowed, self._spoiled([requests[i] for i in structured])
 
     def _masked(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
         """float32 [n, V], changed: minus infinity for tokens that may not come next."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -32,7 +33,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerOutput
 from engine.step_parts import StepParts
 from engine.tokenizer import TokenDecoder
-from kernels.backend import Backend
+from kernels.backend import Backend, Choose
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Engine:
         backend: Backend | None = None,
         observer: RoutingObserver | None = None,
         device: Device | None = None,
-        sampler: Sampler | None = None,
+        sampler: Callable[[Sequence[int], Choose], Sampler] = Sampler,
         rank: int = 0,
         meeting: Path | None = None,
     ) -> None:
@@ -90,7 +91,7 @@ class Engine:
         self._blocks = parts.blocks
         self._constraints = parts.constraints
         self._next_seed = parts.next_seed
-        self._sampler = sampler or Sampler(sorted(parts.eos_token_ids))
+        self._sampler = sampler(sorted(parts.eos_token_ids), parts.choose)
         self._answers = Answers(parts.tokenizer, parts.eos_token_ids)
         self._requests: dict[str, Request] = {}
         self._num_requests = 0
@@ -258,7 +259,9 @@ class Engine:
                 results.append(self._fail(request, spoiled[request]))
                 continue
             try:
-                token = tokens[i] if tokens else self._sampler.sample(logits[i : i + 1], [request], allowed.only(i))[0]
+                token = (
+                    tokens[i] if tokens else self._sampler.sample(logits[i : i + 1], [request], allowed[i : i + 1])[0]
+                )
                 results.append(self._told(self._answers.append(request, token)))
             except Exception as error:
                 _log.exception("request %s fails", request.request_id)

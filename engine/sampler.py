@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.request import Request
-
-_NUCLEUS = 512  # tokens that usually make up any top_p
+from kernels.backend import Choose, Draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,46 +22,29 @@ class SampledToken:
     logprobs: list[tuple[int, float]] | None
 
 
-@dataclass(slots=True)
-class Allowed:
-    """Of the logits, those of tokens that may come next; those of others are minus infinity, or do not matter."""
-
-    rows: list[Tensor]  # float32 [V] each
-    likeliest: list[int]  # of each row
-
-    def only(self, i: int) -> Allowed:
-        return Allowed([self.rows[i]], [self.likeliest[i]])
-
-
 class Sampler:
     """Every draw depends on the request's seed and position alone: batch, preemption and timing do not change it."""
 
-    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, eos_token_ids: Sequence[int], choose: Choose) -> None:
         self._eos_token_ids = list(eos_token_ids)
+        self._choose = choose
 
-    def sample(self, logits: Tensor, requests: Sequence[Request], allowed: Allowed | None = None) -> list[SampledToken]:
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], allowed: Sequence[Tensor] | None = None
+    ) -> list[SampledToken]:
         """float32 logits [n, V], one row a request -> one token each. `logits` is not changed.
 
-        Tokens are chosen of what is `allowed`; log-probabilities are of `logits`.
+        Tokens are chosen from the rows `allowed`, float32 [V] each, minus infinity for what may not come next;
+        log-probabilities are of `logits`. Raises `ValueError` if a request has nothing to choose from.
         """
         if not requests:
             return []
-        allowed = allowed or Allowed(list(logits), logits.argmax(-1).tolist())
+        rows = [self._adjust(row, request) for row, request in zip(allowed or logits.unbind(), requests, strict=True)]
+        tokens = self._choose(rows, [_draw(request) for request in requests])
         return [
-            self._sample_row(row, allowed_row, request, likeliest)
-            for row, allowed_row, request, likeliest in zip(
-                logits, allowed.rows, requests, allowed.likeliest, strict=True
-            )
+            SampledToken(token, None if (num := request.params.logprobs) is None else _logprobs(row, token, num))
+            for row, token, request in zip(logits, tokens, requests, strict=True)
         ]
-
-    def _sample_row(self, row: Tensor, allowed: Tensor, request: Request, likeliest: int) -> SampledToken:
-        params = request.params
-        adjusted = self._adjust(allowed, request)
-        if params.greedy:
-            token_id = likeliest if adjusted is allowed else int(adjusted.argmax())
-        else:
-            token_id = _draw(adjusted, request)
-        return SampledToken(token_id, None if params.logprobs is None else _logprobs(row, token_id, params.logprobs))
 
     def _adjust(self, row: Tensor, request: Request) -> Tensor:
         """Bias, penalties, forbidden ends; the row itself if there are none."""
@@ -105,38 +87,10 @@ def takes_likeliest(request: Request) -> bool:
     )
 
 
-def _draw(logits: Tensor, request: Request) -> int:
-    """One draw by inversion: a uniform number against the cumulative distribution of the tokens that are left."""
+def _draw(request: Request) -> Draw:
     params = request.params
-    ids: Tensor | None = None
-    if 0 < params.top_k < len(logits):
-        logits, ids = logits.topk(params.top_k)  # sorted, best first
-    scaled = logits.double() / params.temperature
-    if params.top_p < 1.0 and ids is None:
-        probs, ids = _nucleus(scaled, params.top_p)
-    else:
-        probs = scaled.softmax(-1)
-    if params.top_p < 1.0:
-        probs = torch.where(probs.cumsum(-1) - probs < params.top_p, probs, 0.0)  # the token that crosses stays
-    if params.min_p > 0.0:
-        probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
-    cumulative = probs.cumsum(-1)
-    target = _uniform(request.seed, request.num_tokens) * float(cumulative[-1])
-    at = int(torch.searchsorted(cumulative, target, right=True))
-    at = min(at, int(probs.nonzero()[-1]))  # rounding at the very end
-    return at if ids is None else int(ids[at])
-
-
-def _nucleus(scaled: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The largest probabilities of logits [V], best first, at least so many that they make up top_p, and their ids."""
-    total = scaled.logsumexp(-1)
-    if len(scaled) > _NUCLEUS:  # sorting all of a vocabulary costs more than a small model's step
-        values, ids = scaled.topk(_NUCLEUS)
-        probs = (values - total).exp()
-        if float(probs.sum()) > top_p:
-            return probs, ids
-    values, ids = scaled.sort(descending=True, stable=True)
-    return (values - total).exp(), ids
+    uniform = 0.0 if params.greedy else _uniform(request.seed, request.num_tokens)
+    return Draw(uniform, params.temperature, params.top_k, params.top_p, params.min_p)
 
 
 def _uniform(seed: int, position: int) -> float:

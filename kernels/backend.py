@@ -98,6 +98,31 @@ class Records:
         self.addresses = [slot.data_ptr() for slot in slots]
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How a token is chosen from a row of logits; see `kernels.reference.choose`."""
+
+    uniform: float  # in [0, 1)
+    temperature: float  # 0: the likeliest
+    top_k: int  # 0: all
+    top_p: float
+    min_p: float
+
+
+UNCHOOSABLE = "no token can be chosen: no logit is finite, or one is not a number"
+
+
+class Choose(Protocol):
+    """From logits in the CPU's memory to tokens."""
+
+    def __call__(self, rows: Sequence[Tensor], draws: Sequence[Draw]) -> list[int]:
+        """float32 rows [V] of logits, minus infinity for what may not come, and a draw each -> tokens.
+
+        A row's token does not depend on the others. Raises `ValueError` if one has nothing to choose from.
+        """
+        ...
+
+
 class Linear(Protocol):
     """A matrix made ready for products."""
 
@@ -217,3 +242,19 @@ def choose_backend(name: str, num_threads: int) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"unknown kernels {name!r}; known: auto, {', '.join(BACKENDS)}")
     return BACKENDS[name](num_threads)
+
+
+def make_choose(backend: Backend, num_threads: int) -> Choose:
+    """The native kernel; of the reference backend, or where it was not built, the reference."""
+    from kernels.torch_backend import choose
+
+    if backend.name == "reference":
+        return choose
+    try:
+        from kernels.cpu.native import NativeBackend
+
+        native = backend if isinstance(backend, NativeBackend) else NativeBackend(num_threads)
+    except RuntimeError as error:
+        _log.warning("SLOW: tokens are chosen by the reference (%s)", error)
+        return choose
+    return native.choose

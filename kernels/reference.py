@@ -168,3 +168,23 @@ def combine(outputs: Tensor, weights: Tensor) -> Tensor:
     for i in range(1, outputs.shape[1]):
         total = total + outputs[:, i] * weights[:, i : i + 1]
     return total
+
+
+def choose(logits: Tensor, uniform: float, temperature: float, top_k: int, top_p: float, min_p: float) -> int:
+    """logits float [V] -> the token that a number in [0, 1) draws; at temperature 0 the likeliest, of equals the first.
+
+    top_k (0: all), then of these the best that make up top_p, then those that have min_p of the best's probability.
+    By inversion of the cumulative distribution in the order of the tokens' numbers; of equals the lower are better.
+    """
+    if temperature == 0:
+        return int((logits == logits.max()).nonzero()[0])
+    values, ids = (logits.double() / temperature).sort(descending=True, stable=True)
+    probs = values.softmax(-1)
+    if top_k:
+        probs[top_k:] = 0.0
+    if top_p < 1.0:
+        probs = torch.where(probs.cumsum(-1) - probs < top_p * probs.sum(), probs, 0.0)  # the one that crosses it stays
+    probs = torch.where(probs >= min_p * probs[0], probs, 0.0)
+    cumulative = torch.zeros_like(probs).scatter(0, ids, probs).cumsum(-1)
+    token = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    return min(token, int(ids[probs > 0].max()))  # rounding at the very end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.backend import (
+    UNCHOOSABLE,
     AttentionKernel,
     AttentionShape,
+    Draw,
     Linear,
     MlpKernel,
     Records,
@@ -101,6 +104,18 @@ class TorchBackend:
 
     def combine(self, outputs: Tensor, weights: Tensor, add_to: Tensor) -> None:
         add_to += reference.combine(outputs.view(*weights.shape, -1), weights)
+
+
+def choose(rows: Sequence[Tensor], draws: Sequence[Draw]) -> list[int]:
+    """As `kernels.backend.Choose`."""
+    return [_choose(row, draw) for row, draw in zip(rows, draws, strict=True)]
+
+
+def _choose(logits: Tensor, draw: Draw) -> int:
+    top = float(logits.max())
+    if not math.isfinite(top):
+        raise ValueError(UNCHOOSABLE)
+    return reference.choose(logits, draw.uniform, draw.temperature, draw.top_k, draw.top_p, draw.min_p)
 
 
 def _heads(shape: AttentionShape, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

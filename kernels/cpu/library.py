@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -147,6 +147,30 @@ class MlpLayer(ctypes.Structure):
     _fields_ = (("eps", c_float), ("norm", c_void_p), ("gate_up", LinearCall), ("down", LinearCall))
 
 
+class Draw(ctypes.Structure):
+    """How a token is drawn from a row of logits."""
+
+    _fields_ = (
+        ("uniform", c_double),
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("top_k", c_int64),
+    )
+
+
+class ChooseCall(ctypes.Structure):
+    """The tokens of some rows of logits."""
+
+    _fields_ = (
+        ("num_rows", c_int),
+        ("vocab_size", c_int),
+        ("logits", c_void_p),
+        ("draws", c_void_p),
+        ("tokens", c_void_p),
+    )
+
+
 FORMATS = {"float32": 0, "bf16": 1, "int8": 2, "int4": 3}  # numbered as in kernels.h
 
 
@@ -171,7 +195,8 @@ def load_library() -> ctypes.CDLL:
     library.foregate_rms_norm.argtypes = (c_void_p, c_void_p, c_float, c_int, c_int, c_void_p)
     library.foregate_combine.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p)
     library.foregate_pack.argtypes = (c_int, c_void_p, c_int, c_int, c_void_p, c_int)
-    for name in ("linear", "attention", "mlp", "rms_norm", "combine", "pack"):
+    library.foregate_choose.argtypes = (c_void_p, c_int)
+    for name in ("linear", "attention", "mlp", "rms_norm", "combine", "pack", "choose"):
         getattr(library, f"foregate_{name}").restype = None
     library.foregate_read.argtypes = (c_void_p, c_int64)
     library.foregate_read.restype = c_uint64

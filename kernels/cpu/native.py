@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Sequence
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.backend import (
+    UNCHOOSABLE,
     AttentionKernel,
     AttentionShape,
+    Draw,
     Linear,
     MlpKernel,
     Records,
@@ -91,6 +94,20 @@ class NativeBackend:
         self._library.foregate_combine(
             outputs.data_ptr(), weights.data_ptr(), num_tokens, num_active, size, add_to.data_ptr()
         )
+
+    def choose(self, rows: Sequence[Tensor], draws: Sequence[Draw]) -> list[int]:
+        """As `kernels.backend.Choose`."""
+        num, size = len(rows), len(rows[0])
+        addresses = array("Q", [checked(row, torch.float32).data_ptr() for row in rows])
+        if len(draws) != num or any(len(row) != size for row in rows):
+            raise ValueError("each draw takes a row, and all rows are of one vocabulary")
+        asked = (lib.Draw * num)(*[lib.Draw(d.uniform, d.temperature, d.top_p, d.min_p, d.top_k) for d in draws])
+        tokens = array("i", bytes(4 * num))
+        at = addresses.buffer_info()[0], ctypes.addressof(asked), tokens.buffer_info()[0]
+        self._library.foregate_choose(ctypes.byref(lib.ChooseCall(num, size, *at)), self.num_threads)
+        if min(tokens) < 0:
+            raise ValueError(UNCHOOSABLE)
+        return tokens.tolist()
 
     def read(self, memory: Tensor) -> int:
         """Read a uint8 tensor with all threads: the roof for whatever is bound by memory."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from engine.engine import Engine
 from engine.model_runner import ModelRunner
@@ -31,18 +33,27 @@ def boom(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("boom")
 
 
+def raise_odd(row: Tensor) -> Tensor:
+    raise ValueError("odd parameters")
+
+
 @pytest.mark.parametrize("num_good", [0, 3])
-def test_a_request_that_cannot_be_sampled_fails_alone(engine: Engine, expected, monkeypatch, num_good: int):
-    real = Sampler._sample_row
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [(raise_odd, "odd parameters"), (lambda row: row * float("nan"), "no token can be chosen: no logit is finite")],
+)
+def test_a_request_that_cannot_be_sampled_fails_alone(
+    engine: Engine, expected, monkeypatch, num_good: int, spoil: Callable[[Tensor], Tensor], error: str
+):
+    adjust = Sampler._adjust
 
-    def sample_row(self: Sampler, row: Any, allowed: Any, request: Request, greedy_id: int) -> Any:
-        if request.request_id == "r2" and request.num_output_tokens >= num_good:
-            raise ValueError("odd parameters")
-        return real(self, row, allowed, request, greedy_id)
+    def adjust_oddly(self: Sampler, row: Tensor, request: Request) -> Tensor:
+        is_odd = request.request_id == "r2" and request.num_output_tokens >= num_good
+        return spoil(row) if is_odd else adjust(self, row, request)
 
-    monkeypatch.setattr(Sampler, "_sample_row", sample_row)
+    monkeypatch.setattr(Sampler, "_adjust", adjust_oddly)
     outputs = run_all(engine, REQUESTS)
-    assert outputs["r2"][-1].error == "ValueError: odd parameters"
+    assert str(outputs["r2"][-1].error).startswith(f"ValueError: {error}")
     assert tokens_of(outputs["r2"]) == expected["r2"][:num_good]
     assert all(tokens_of(outputs[name]) == expected[name] for name in ("r0", "r1", "r3"))
 

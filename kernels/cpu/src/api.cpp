@@ -198,6 +198,13 @@ void foregate_pack(int format, const float* weight, int num_outputs, int num_inp
     table->pack(*pool, {format, num_outputs, num_inputs, weight, out});
 }
 
+// Needs no start: logits may come from elsewhere.
+void foregate_choose(const foregate::ChooseCall* call, int num_threads) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!pool) start(num_threads, "");
+    table->choose(*pool, *call);
+}
+
 // Read memory with all threads, as a roof for what is bound by it; returns a sum so that nothing is left out.
 uint64_t foregate_read(const uint64_t* words, int64_t num_words) {
     std::lock_guard<std::mutex> lock(mutex);

@@ -117,6 +117,21 @@ struct PackCall {
     uint8_t* out;
 };
 
+// How a token is drawn from a row of logits.
+struct Draw {
+    double uniform;      // in [0, 1)
+    double temperature;  // 0: the likeliest token, of equals the first
+    double top_p, min_p;
+    int64_t top_k;       // 0: all
+};
+
+struct ChooseCall {
+    int num_rows, vocab_size;
+    const float* const* logits;  // [num_rows], each [vocab_size]; minus infinity: never
+    const Draw* draws;           // [num_rows]
+    int32_t* tokens;             // [num_rows], -1 where no logit is finite or one is no number
+};
+
 struct KernelTable {
     const char* name;
     void (*expert_mlp)(ThreadPool&, const ExpertCall&);
@@ -128,6 +143,7 @@ struct KernelTable {
                     float* out);
     void (*swiglu)(ThreadPool&, const float* gate_up, int num_rows, int size, float* out);
     void (*pack)(ThreadPool&, const PackCall&);
+    void (*choose)(ThreadPool&, const ChooseCall&);
 };
 
 extern const KernelTable kPortable;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <immintrin.h>
@@ -19,9 +20,10 @@ namespace amx {
 #include "product.inl"
 #include "gemm.inl"
 #include "pack.inl"
+#include "choose.inl"
 }  // namespace amx
 
 const KernelTable kAmx = {"amx",      amx::expert_mlp, amx::linear,  amx::rms_norm,
                            amx::prepare_qkv, amx::attention,  amx::combine, amx::swiglu,
-                           amx::pack};
+                           amx::pack,        amx::choose};
 }  // namespace foregate

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -18,9 +19,10 @@ namespace portable {
 #include "product.inl"
 #include "gemm.inl"
 #include "pack.inl"
+#include "choose.inl"
 }  // namespace portable
 
 const KernelTable kPortable = {"portable",      portable::expert_mlp, portable::linear,  portable::rms_norm,
                            portable::prepare_qkv, portable::attention,  portable::combine, portable::swiglu,
-                           portable::pack};
+                           portable::pack,        portable::choose};
 }  // namespace foregate
