@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.backend import AttentionShape, Records, Routing, Sequences
+from kernels.backend import AttentionShape, Draw, Records, Routing, Sequences
 from kernels.cpu.native import NativeBackend
 from kernels.quant.blocked import packed_nbytes
 from kernels.quant.formats import FORMATS, ExpertWeights
@@ -36,6 +36,13 @@ HEADS = {  # query heads, kv heads, head size
     "qwen3-30b-a3b": (32, 4, 128),
     "mixtral": (32, 8, 128),
     "demo": (9, 3, 64),
+}
+VOCAB_SIZES = {"olmoe": 50304, "qwen3-30b-a3b": 151936, "mixtral": 32000, "demo": 49152}
+SAMPLING = {  # temperature, top_k, top_p
+    "likeliest": (0.0, 0, 1.0),
+    "temperature": (1.0, 0, 1.0),
+    "top_p": (1.0, 0, 0.9),
+    "top_k": (1.0, 40, 1.0),
 }
 ATTENTION = ((1, 1024, 1), (1, 8192, 1), (32, 1024, 1), (1, 512, 512))  # sequences, context, new rows of each
 WORKING_SET_NBYTES = 512 * 1024**2
@@ -155,6 +162,33 @@ def attention_contender(
     )
 
 
+def choose_contenders(backend: NativeBackend, vocab_size: int, rows: int) -> Iterator[Contender]:
+    """Tokens of logits as spread as a model's, and torch's sampling of them all at once."""
+    logits = torch.randn(rows, vocab_size) * 3
+    for name, (temperature, top_k, top_p) in SAMPLING.items():
+        draws = [Draw((i + 0.5) / rows, temperature, top_k, top_p, 0.0) for i in range(rows)]
+
+        def ours(draws: list[Draw] = draws) -> object:
+            return backend.choose(logits.unbind(), draws)
+
+        def of_torch(temperature: float = temperature, top_k: int = top_k, top_p: float = top_p) -> object:
+            if temperature == 0.0:
+                return logits.argmax(-1).tolist()
+            values, ids = logits / temperature, None
+            if top_k:
+                values, ids = values.topk(top_k)
+            elif top_p < 1.0:
+                values, ids = values.sort(descending=True)
+            probs = values.softmax(-1)
+            if top_p < 1.0:
+                probs = torch.where(probs.cumsum(-1) - probs < top_p, probs, 0.0)
+            chosen = probs.multinomial(1)
+            return (chosen if ids is None else ids.gather(1, chosen)).tolist()
+
+        yield Contender(f"choose {name}", ours, logits.nbytes, 0.0)
+        yield Contender(f"torch {name}", of_torch, logits.nbytes, 0.0)
+
+
 def alternatives(shape: tuple[int, int, int, int], rows: int) -> Iterator[Contender]:
     """torch's own products of the same size as one call's: [rows, H] x [H, 3 * I * active] in one piece."""
     hidden = shape[0]
@@ -234,7 +268,7 @@ def expert_alternatives(shape: tuple[int, int, int, int], rows: int) -> Iterator
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
-    parser.add_argument("--kernel", choices=["expert", "linear", "attention", "all"], default="expert")
+    parser.add_argument("--kernel", choices=["expert", "linear", "attention", "choose", "all"], default="expert")
     parser.add_argument("--format", choices=[*FORMATS, "all"], default="all")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256,512")
     parser.add_argument("--rounds", type=int, default=7)
@@ -247,7 +281,7 @@ def main() -> None:
     backend = NativeBackend(args.threads, args.isa)
     memory = torch.ones(WORKING_SET_NBYTES, dtype=torch.uint8)  # not zeros: unwritten pages are all one page
     read = Contender("streaming read", lambda: backend.read(memory), memory.numel(), 0.0)
-    kernels = ["expert", "linear", "attention"] if args.kernel == "all" else [args.kernel]
+    kernels = ["expert", "linear", "attention", "choose"] if args.kernel == "all" else [args.kernel]
     formats = [f for f in FORMATS if args.format in (f, "all")]
     if not args.json:
         print(f"{backend.isa}, {args.threads} threads; medians of {args.rounds} rounds")
@@ -265,6 +299,9 @@ def main() -> None:
                 contenders += alternatives(shape, rows)
             if "expert" in kernels and not args.no_alternatives:
                 contenders += expert_alternatives(shape, rows)
+            _report(contenders, args.rounds, shape_name, rows, as_json=args.json)
+        for rows in map(int, args.rows.split(",")) if "choose" in kernels else ():
+            contenders = [read, *choose_contenders(backend, VOCAB_SIZES[shape_name], rows)]
             _report(contenders, args.rounds, shape_name, rows, as_json=args.json)
         if "attention" in kernels:
             for num_seqs, context, rows in ATTENTION:
