@@ -17,7 +17,7 @@ run() { # name, library to preload, compiler flags, then the command in front of
     preload=$(c++ -print-file-name="$2")
     env LD_PRELOAD="$preload" PYTHONPATH="$copy" OMP_NUM_THREADS=1 "${@:3}" "$python" -m pytest -q -x -p no:cacheprovider \
         tests/kernels/test_backends.py tests/kernels/test_experts.py tests/kernels/test_attention.py \
-        tests/cache/test_native_transfer.py -k "native and not portable"
+        tests/kernels/test_choose.py tests/cache/test_native_transfer.py -k "native and not portable"
 }
 run address libasan.so env ASAN_OPTIONS=detect_leaks=0
 # libgomp is not instrumented, so torch keeps to one thread and only our own library is watched
