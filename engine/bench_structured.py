@@ -61,7 +61,7 @@ class StructuredResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Dictation(Sampler):
-    """Samples as ever, and then takes the tokens that it is told."""
+    """Samples as ever, and then takes the tokens it is told; structured answers come out the same by themselves."""
 
     def __init__(self, answers: dict[int, list[int]], eos_token_ids: Sequence[int], choose: Choose) -> None:
         """`answers` by the requests' seeds; may change."""
@@ -69,12 +69,12 @@ class _Dictation(Sampler):
         self._answers = answers
 
     def sample(
-        self, logits: Tensor, requests: Sequence[Request], allowed: Sequence[Tensor] | None = None
+        self, rows: Sequence[Tensor], requests: Sequence[Request], masks: Sequence[Tensor] | None = None
     ) -> list[SampledToken]:
-        chosen = super().sample(logits, requests, allowed)
+        chosen = super().sample(rows, requests, masks)
         return [
             replace(token, token_id=self._answers[request.seed][request.num_output_tokens])
-            if request.seed in self._answers
+            if request.matcher is None and request.seed in self._answers
             else token
             for token, request in zip(chosen, requests, strict=True)
         ]

@@ -10,14 +10,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.byte_lru import ByteLru
 from engine.errors import InvalidRequest
 from engine.request import Request
-from engine.sampler import takes_likeliest
 from engine.sampling_params import Structure
 
 if TYPE_CHECKING:
@@ -117,49 +115,30 @@ class Constraints:
                     refused.append((request, why))
         return begin, refused
 
-    def constrain(
-        self, logits: Tensor, requests: Sequence[Request]
-    ) -> tuple[list[Tensor], dict[Request, InvalidRequest]]:
-        """float32 logits [n, V], one row a request -> rows of what may be chosen; `logits` is not changed.
+    def masks(
+        self, requests: Sequence[Request], which: Sequence[int]
+    ) -> tuple[list[Tensor], dict[int, InvalidRequest]]:
+        """int32 [V / 32] for each of `which`: a bit for each token, the lowest first, set if it may come.
 
-        Where the likeliest token is what is wanted, and the grammar takes it, the others are not looked at: a mask
-        costs a millisecond where much is allowed. Also returns the requests whose grammar has become
-        too complex, with the reason; their rows mean nothing.
+        Also returns which of all requests have a grammar that has become too complex, with the reason.
         """
-        allowed = list(logits)
-        structured = [i for i, request in enumerate(requests) if request.matcher is not None]
-        if not structured:
-            return allowed, {}
-        likeliest = logits[structured].argmax(-1).tolist()
-        rows = [i for i, token in zip(structured, likeliest, strict=True) if not _takes(requests[i], token)]
-        if rows:
-            masked = self._masked(logits[rows], [requests[i] for i in rows])
-            for i, row in zip(rows, masked, strict=True):
-                allowed[i] = row
-        return allowed, self._spoiled([requests[i] for i in structured])
-
-    def _masked(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
-        """float32 [n, V], changed: minus infinity for tokens that may not come next."""
-        assert self._executor is not None
-        assert self._grammars is not None
-        words = np.empty((len(requests), -(-self._grammars.vocab_size // 32)), dtype=np.int32)
-        targets = [(request.matcher, i) for i, request in enumerate(requests) if request.matcher is not None]
-        self._executor.unsafe_compute_mask_ptr(targets, words.ctypes.data, words.strides[0], len(targets))
-        bits = np.unpackbits(np.invert(words).view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
-        with torch.inference_mode():
-            return logits.masked_fill_(torch.from_numpy(bits.view(np.bool_)), float("-inf"))
+        masks: list[Tensor] = []
+        if which:
+            assert self._executor is not None
+            assert self._grammars is not None
+            words = torch.empty((len(which), -(-self._grammars.vocab_size // 32)), dtype=torch.int32)
+            targets = [(matcher, at) for at, i in enumerate(which) if (matcher := requests[i].matcher) is not None]
+            self._executor.unsafe_compute_mask_ptr(targets, words.data_ptr(), words.stride(0) * 4, len(targets))
+            masks = list(words.unbind())
+        spoiled = {}
+        for i, request in enumerate(requests):
+            # a matcher in error lets the end of the text through: whoever does not ask takes half of one for the whole
+            if request.matcher is not None and request.matcher.is_stopped() and request.matcher.is_error():
+                spoiled[i] = spoiled_by(request)
+        return masks, spoiled
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _spoiled(self, requests: Sequence[Request]) -> dict[Request, InvalidRequest]:
-        # a matcher in error lets the end of the text through: whoever does not ask takes half of one for the whole
-        spoiled = {}
-        for request in requests:
-            assert request.matcher is not None
-            if request.matcher.is_stopped() and request.matcher.is_error():
-                spoiled[request] = spoiled_by(request)
-        return spoiled
 
     def _compile(self, structure: Structure) -> LLMatcher:
         if self._grammars is None:
@@ -173,12 +152,6 @@ class Constraints:
                 self._tokenizer_json(), vocab_size=self._vocab_size, eos_token_ids=self._eos_token_ids
             )
         return self._grammars.compile(structure)
-
-
-def _takes(request: Request, likeliest: int) -> bool:
-    """Whether the likeliest token of all is what is to be chosen, and may be: then so it is among those that may."""
-    assert request.matcher is not None
-    return takes_likeliest(request) and request.matcher.validate_tokens([likeliest]) == 1
 
 
 def spoiled_by(request: Request) -> InvalidRequest:

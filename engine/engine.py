@@ -19,6 +19,7 @@ from engine.answers import Answers
 from engine.assembly import assemble
 from engine.cache_control import control
 from engine.checkpoint import Checkpoint
+from engine.choosing import choose_tokens
 from engine.config import EngineConfig
 from engine.convert import Progress
 from engine.detokenizer import Detokenizer
@@ -248,20 +249,15 @@ class Engine:
 
     def _sample(self, logits: Tensor, requests: list[Request]) -> list[RequestOutput]:
         """A request whose own parameters or text raise fails alone."""
-        allowed, spoiled = self._constraints.constrain(logits, requests)
-        try:
-            tokens = self._sampler.sample(logits, requests, allowed)
-        except Exception:
-            tokens = []
         results = []
-        for i, request in enumerate(requests):
-            if request in spoiled:
-                results.append(self._fail(request, spoiled[request]))
+        chosen = choose_tokens(logits, requests, self._sampler, self._constraints)
+        for request, token in zip(requests, chosen, strict=True):
+            if isinstance(token, InvalidRequest):
+                results.append(self._fail(request, token))
                 continue
             try:
-                token = (
-                    tokens[i] if tokens else self._sampler.sample(logits[i : i + 1], [request], allowed[i : i + 1])[0]
-                )
+                if isinstance(token, Exception):
+                    raise token
                 results.append(self._told(self._answers.append(request, token)))
             except Exception as error:
                 _log.exception("request %s fails", request.request_id)

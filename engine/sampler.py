@@ -30,24 +30,55 @@ class Sampler:
         self._choose = choose
 
     def sample(
-        self, logits: Tensor, requests: Sequence[Request], allowed: Sequence[Tensor] | None = None
+        self, rows: Sequence[Tensor], requests: Sequence[Request], masks: Sequence[Tensor] | None = None
     ) -> list[SampledToken]:
-        """float32 logits [n, V], one row a request -> one token each. `logits` is not changed.
+        """float32 rows [V] of logits, one a request, not changed -> one token each.
 
-        Tokens are chosen from the rows `allowed`, float32 [V] each, minus infinity for what may not come next;
-        log-probabilities are of `logits`. Raises `ValueError` if a request has nothing to choose from.
+        With masks, int32 [V / 32] each, tokens whose bit is not set never come, and a draw does not depend on the one
+        that the request makes at the same place without. Raises `ValueError` if nothing is left to choose from.
         """
-        if not requests:
+        if not rows:
             return []
-        rows = [self._adjust(row, request) for row, request in zip(allowed or logits.unbind(), requests, strict=True)]
-        tokens = self._choose(rows, [_draw(request) for request in requests])
+        if masks is None:
+            adjusted = [self._adjust(row, request) for row, request in zip(rows, requests, strict=True)]
+            draws = [_draw(request, None) for request in requests]
+        else:
+            adjusted = [self._reweigh(row, request) for row, request in zip(rows, requests, strict=True)]
+            allowed = [self._without_ends(mask, request) for mask, request in zip(masks, requests, strict=True)]
+            draws = [_draw(request, mask) for mask, request in zip(allowed, requests, strict=True)]
+        tokens = self._choose(adjusted, draws)
         return [
             SampledToken(token, None if (num := request.params.logprobs) is None else _logprobs(row, token, num))
-            for row, token, request in zip(logits, tokens, requests, strict=True)
+            for row, token, request in zip(rows, tokens, requests, strict=True)
         ]
 
     def _adjust(self, row: Tensor, request: Request) -> Tensor:
         """Bias, penalties, forbidden ends; the row itself if there are none."""
+        adjusted = self._reweigh(row, request)
+        ends = [token_id for token_id in self._forbidden_ends(request) if token_id < len(row)]
+        if ends:
+            adjusted = adjusted.clone() if adjusted is row else adjusted
+            adjusted[ends] = float("-inf")
+        return adjusted
+
+    def _without_ends(self, mask: Tensor, request: Request) -> Tensor:
+        """A mask that forbids the ends too, unless the grammar allows nothing else."""
+        ends = [token_id for token_id in self._forbidden_ends(request) if token_id < 32 * len(mask)]
+        if not ends:
+            return mask
+        going_on = mask.clone()
+        for token_id in ends:
+            going_on[token_id // 32] &= ~_bit(token_id % 32)
+        return going_on if bool(going_on.any()) else mask
+
+    def _forbidden_ends(self, request: Request) -> Sequence[int]:
+        params = request.params
+        if request.num_output_tokens < params.min_tokens:
+            return (*self._eos_token_ids, *params.stop_token_ids)
+        return self._eos_token_ids if params.ignore_eos and request.matcher is not None else ()
+
+    def _reweigh(self, row: Tensor, request: Request) -> Tensor:
+        """Bias and penalties; the row itself if there are none."""
         params = request.params
         adjusted = row
         if params.logit_bias:
@@ -65,38 +96,24 @@ class Sampler:
             adjusted = adjusted.clone() if adjusted is row else adjusted
             times = torch.tensor(list(counts.values()), dtype=row.dtype)
             adjusted[torch.tensor(list(counts))] -= params.presence_penalty + params.frequency_penalty * times
-        too_early = request.num_output_tokens < params.min_tokens
-        if too_early or (params.ignore_eos and request.matcher is not None):
-            ends = (*self._eos_token_ids, *params.stop_token_ids) if too_early else self._eos_token_ids
-            going_on = adjusted.clone()
-            going_on[[token_id for token_id in ends if token_id < len(row)]] = float("-inf")
-            # a grammar may allow nothing but the end
-            if request.matcher is None or bool((going_on > float("-inf")).any()):
-                adjusted = going_on
         return adjusted
 
 
-def takes_likeliest(request: Request) -> bool:
-    """Whether the token is the one with the largest logit, which nothing adjusts."""
+def _bit(i: int) -> int:
+    """Of an int32."""
+    return 1 << i if i < 31 else -(1 << 31)
+
+
+def _draw(request: Request, allowed: Tensor | None) -> Draw:
     params = request.params
-    return (
-        params.greedy
-        and not (params.logit_bias or params.presence_penalty or params.frequency_penalty or params.ignore_eos)
-        and params.repetition_penalty == 1.0
-        and request.num_output_tokens >= params.min_tokens
-    )
+    uniform = 0.0 if params.greedy else _uniform(request.seed, request.num_tokens, int(allowed is not None))
+    return Draw(uniform, params.temperature, params.top_k, params.top_p, params.min_p, allowed)
 
 
-def _draw(request: Request) -> Draw:
-    params = request.params
-    uniform = 0.0 if params.greedy else _uniform(request.seed, request.num_tokens)
-    return Draw(uniform, params.temperature, params.top_k, params.top_p, params.min_p)
-
-
-def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for each (seed, position): Philox, counter-based (Salmon et al. 2011)."""
+def _uniform(seed: int, position: int, which: int) -> float:
+    """A number in [0, 1) for each (seed, position), the first or second: Philox, counter-based (Salmon et al. 2011)."""
     bits = np.random.Philox(key=seed & (2**64 - 1), counter=position)
-    return float(np.random.Generator(bits).random())
+    return float(np.random.Generator(bits).random(which + 1)[which])
 
 
 def _logprobs(row: Tensor, token_id: int, num_top: int) -> list[tuple[int, float]]:

@@ -107,6 +107,7 @@ class Draw:
     top_k: int  # 0: all
     top_p: float
     min_p: float
+    allowed: Tensor | None = None  # int32 [V / 32], a bit for each token, the lowest first; None: all may come
 
 
 UNCHOOSABLE = "no token can be chosen: no logit is finite, or one is not a number"

@@ -112,6 +112,9 @@ def choose(rows: Sequence[Tensor], draws: Sequence[Draw]) -> list[int]:
 
 
 def _choose(logits: Tensor, draw: Draw) -> int:
+    if draw.allowed is not None:
+        bits = draw.allowed.unsqueeze(1) >> torch.arange(32) & 1
+        logits = logits.masked_fill(bits.flatten()[: len(logits)] == 0, float("-inf"))
     top = float(logits.max())
     if not math.isfinite(top):
         raise ValueError(UNCHOOSABLE)

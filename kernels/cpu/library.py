@@ -156,6 +156,7 @@ class Draw(ctypes.Structure):
         ("top_p", c_double),
         ("min_p", c_double),
         ("top_k", c_int64),
+        ("allowed", c_void_p),
     )
 
 

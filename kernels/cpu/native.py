@@ -99,9 +99,17 @@ class NativeBackend:
         """As `kernels.backend.Choose`."""
         num, size = len(rows), len(rows[0])
         addresses = array("Q", [checked(row, torch.float32).data_ptr() for row in rows])
+        masks = [None if d.allowed is None else checked(d.allowed, torch.int32) for d in draws]
         if len(draws) != num or any(len(row) != size for row in rows):
             raise ValueError("each draw takes a row, and all rows are of one vocabulary")
-        asked = (lib.Draw * num)(*[lib.Draw(d.uniform, d.temperature, d.top_p, d.min_p, d.top_k) for d in draws])
+        if any(mask is not None and 32 * mask.numel() < size for mask in masks):
+            raise ValueError("a mask is shorter than the vocabulary")
+        asked = (lib.Draw * num)(
+            *[
+                lib.Draw(d.uniform, d.temperature, d.top_p, d.min_p, d.top_k, None if mask is None else mask.data_ptr())
+                for d, mask in zip(draws, masks, strict=True)
+            ]
+        )
         tokens = array("i", bytes(4 * num))
         at = addresses.buffer_info()[0], ctypes.addressof(asked), tokens.buffer_info()[0]
         self._library.foregate_choose(ctypes.byref(lib.ChooseCall(num, size, *at)), self.num_threads)

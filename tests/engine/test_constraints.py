@@ -171,11 +171,13 @@ def test_a_likeliest_token_that_is_allowed_is_taken_as_with_all_that_are(
         for i, structure in enumerate(structures)
     }
     masked: list[int] = []
-    masks = Constraints._masked
-    monkeypatch.setattr(Constraints, "_masked", lambda self, rows, of: masked.append(len(of)) or masks(self, rows, of))
+    masks = Constraints.masks
+    monkeypatch.setattr(
+        Constraints, "masks", lambda self, of, which: masked.append(len(which)) or masks(self, of, which)
+    )
     taken = {name: tokens_of(outputs) for name, outputs in run_all(engine, requests).items()}
     num_masked = sum(masked)
-    monkeypatch.setattr("engine.constraints.takes_likeliest", lambda request: False)
+    monkeypatch.setattr("engine.choosing._may_be_drawn_freely", lambda request: False)
     masked.clear()
     assert {name: tokens_of(outputs) for name, outputs in run_all(engine, requests).items()} == taken
     assert 0 < num_masked < sum(masked)

@@ -26,13 +26,13 @@ def make_request(prompt: list[int] | None = None, output: list[int] | None = Non
 
 
 def sample_one(logits: torch.Tensor, request: Request) -> int:
-    return SAMPLER.sample(logits[None], [request])[0].token_id
+    return SAMPLER.sample([logits], [request])[0].token_id
 
 
 def draws(logits: torch.Tensor, num: int = 3000, **params: Any) -> Counter[int]:
     """The tokens of many seeds."""
     requests = [make_request(seed=seed, **params) for seed in range(num)]
-    return Counter(token.token_id for token in SAMPLER.sample(logits.expand(num, -1), requests))
+    return Counter(token.token_id for token in SAMPLER.sample([logits] * num, requests))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_draw_depends_on_seed_and_position_alone(logits):
     requests = [make_request(seed=7, output=[1] * n) for n in range(40)]
     alone = [sample_one(logits, request) for request in requests]
     others = [make_request(seed=seed) for seed in range(40)]
-    together = SAMPLER.sample(logits.expand(80, -1), [*others, *requests])
+    together = SAMPLER.sample([logits] * 80, [*others, *requests])
     assert [token.token_id for token in together[40:]] == alone
     assert len(set(alone)) > 3
     assert alone != [sample_one(logits, make_request(seed=8, output=[1] * n)) for n in range(40)]
@@ -111,13 +111,13 @@ def test_ends_are_not_sampled_before_min_tokens():
 
 def test_logprobs_are_of_the_models_own_distribution_the_chosen_one_first(logits):
     request = make_request(temperature=0.0, logprobs=3, logit_bias={5: 100.0})
-    token = SAMPLER.sample(logits[None], [request])[0]
+    token = SAMPLER.sample([logits], [request])[0]
     logprobs = logits.log_softmax(-1)
     assert token.token_id == 5
     assert token.logprobs is not None
     assert token.logprobs[0] == (5, pytest.approx(float(logprobs[5])))
     assert [i for i, _ in token.logprobs[1:]] == logits.topk(3).indices.tolist()
-    assert SAMPLER.sample(logits[None], [make_request()])[0].logprobs is None
+    assert SAMPLER.sample([logits], [make_request()])[0].logprobs is None
 
 
 def test_the_logits_are_left_as_they_were(logits):

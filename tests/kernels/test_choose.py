@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,27 @@ def test_forbidden_tokens_never_come(choose: Choose, uniform: float, options: di
     assert [token] == reference([logits], [draw(uniform, **options)])  # type: ignore[arg-type]
 
 
+def make_mask(size: int, share: float, seed: int) -> torch.Tensor:
+    bits = torch.rand(-(-size // 32), 32, generator=torch.Generator().manual_seed(seed)) < share
+    words = (bits.long() << torch.arange(32)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+@pytest.mark.parametrize("share", [0.002, 0.5, 1.0])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, *FILTERS])
+def test_a_mask_leaves_what_forbidding_the_others_leaves(choose: Choose, share: float, options: dict[str, float]):
+    rows = [make_logits(2.0, seed) for seed in range(16)]
+    masks = [make_mask(VOCAB, share, seed) for seed in range(16)]
+    draws = [draw((i + 0.5) / 16, **options) for i in range(16)]  # type: ignore[arg-type]
+    forbidden = [
+        row.masked_fill((mask[:, None] >> torch.arange(32) & 1).flatten()[:VOCAB] == 0, float("-inf"))
+        for row, mask in zip(rows, masks, strict=True)
+    ]
+    masked = [replace(one, allowed=mask) for one, mask in zip(draws, masks, strict=True)]
+    assert choose(rows, masked) == choose(forbidden, draws)
+    assert reference(rows, masked) == reference(forbidden, draws)
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-9, 1e-3])
 def test_a_temperature_near_zero_is_as_good_as_zero(choose: Choose, temperature: float):
     rows = [make_logits(1.0, seed) for seed in range(20)]
@@ -121,3 +143,5 @@ def test_rows_that_do_not_fit_are_refused(choose: Choose):
         choose([make_logits(1.0), make_logits(1.0, size=10)], [draw(0.5)] * 2)
     with pytest.raises(ValueError, match="takes a row"):
         choose([make_logits(1.0)], [draw(0.5)] * 2)
+    with pytest.raises(ValueError, match="shorter than the vocabulary"):
+        choose([make_logits(1.0)], [replace(draw(0.5), allowed=make_mask(VOCAB - 32, 0.5, 0))])

@@ -16,8 +16,9 @@ struct Bin {
 
 // The row of one draw, and memory of its thread.
 struct Choice {
-    const float* logits;
-    int size;       // of the vocabulary
+    const float* logits;  // of the call, or `masked`
+    int size;             // of the vocabulary
+    std::vector<float> masked;
     float top;      // the largest logit
     float inverse;  // of the temperature
     std::vector<float> probs;  // relative to the best, zero for what is not kept; the last block is padded with zeros
@@ -171,10 +172,20 @@ static int invert(const Choice& c, double uniform) {
     return -1;
 }
 
+static const float* mask(Choice& c, const float* logits, const uint32_t* allowed) {
+    c.masked.resize(c.size);
+    for (int begin = 0; begin < c.size; begin += 32) {
+        const uint32_t bits = allowed[begin / 32];
+        const int num = std::min(32, c.size - begin);
+        for (int i = 0; i < num; ++i) c.masked[begin + i] = bits >> i & 1 ? logits[begin + i] : -INFINITY;
+    }
+    return c.masked.data();
+}
+
 static int choose_row(const float* logits, int size, const Draw& draw) {
     static thread_local Choice c;
-    c.logits = logits;
     c.size = size;
+    c.logits = logits = draw.allowed ? mask(c, logits, draw.allowed) : logits;
     c.top = largest(logits, size);
     if (!std::isfinite(c.top)) return -1;
     if (draw.temperature == 0.0) return (int)(std::find(logits, logits + size, c.top) - logits);

@@ -123,6 +123,7 @@ struct Draw {
     double temperature;  // 0: the likeliest token, of equals the first
     double top_p, min_p;
     int64_t top_k;       // 0: all
+    const uint32_t* allowed;  // a bit for each token, the lowest first: those not set never come; null: all may
 };
 
 struct ChooseCall {

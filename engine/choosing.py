@@ -1,0 +1,69 @@
+"""The tokens of one step: drawn freely first, and again from what a grammar allows where it does not take them.
+
+That is how the masked distribution is drawn from: a token that is allowed comes with its own probability p, or, after
+one that is not, with (1 - Z) p / Z, if Z is what all that are allowed make up; together p / Z. A mask costs up to a
+millisecond, and most tokens of a structured answer are allowed without one being looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from engine.constraints import Constraints
+from engine.errors import InvalidRequest
+from engine.request import Request
+from engine.sampler import SampledToken, Sampler
+
+Chosen = SampledToken | Exception  # an exception fails its request alone
+
+
+def choose_tokens(
+    logits: Tensor, requests: Sequence[Request], sampler: Sampler, constraints: Constraints
+) -> list[Chosen | InvalidRequest]:
+    """float32 logits [n, V], one row a request, not changed -> what is chosen, or why the request fails, for each."""
+    free = [i for i, request in enumerate(requests) if request.matcher is None or _may_be_drawn_freely(request)]
+    chosen = _choose(logits, requests, free, sampler, None)
+    refused = [
+        i
+        for i, request in enumerate(requests)
+        if request.matcher is not None and not _is_settled(request, chosen.get(i))
+    ]
+    masks, spoiled = constraints.masks(requests, refused)
+    chosen |= _choose(logits, requests, refused, sampler, masks)
+    return [spoiled.get(i, chosen[i]) for i in range(len(requests))]
+
+
+def _may_be_drawn_freely(request: Request) -> bool:
+    """Whether what is left of the distribution does not depend on which tokens are allowed, but for its sum."""
+    params = request.params
+    return params.greedy or (params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0)
+
+
+def _is_settled(request: Request, chosen: Chosen | None) -> bool:
+    """Whether the grammar takes what was drawn freely, or nothing can be."""
+    if not isinstance(chosen, SampledToken):
+        return chosen is not None
+    assert request.matcher is not None
+    return bool(request.matcher.validate_tokens([chosen.token_id]) == 1)
+
+
+def _choose(
+    logits: Tensor, requests: Sequence[Request], which: list[int], sampler: Sampler, masks: Sequence[Tensor] | None
+) -> dict[int, Chosen]:
+    """Of some of the rows; `masks` are theirs."""
+    if not which:
+        return {}
+    rows = logits.unbind() if len(which) == len(requests) else [logits[i] for i in which]
+    of = [requests[i] for i in which]
+    try:
+        return dict(zip(which, sampler.sample(rows, of, masks), strict=True))
+    except Exception:
+        alone: dict[int, Chosen] = {}
+        for at, i in enumerate(which):
+            try:
+                (alone[i],) = sampler.sample([rows[at]], [of[at]], None if masks is None else [masks[at]])
+            except Exception as error:
+                alone[i] = error
+        return alone
