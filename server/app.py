@@ -19,6 +19,7 @@ from starlette.responses import Response
 from engine.errors import EngineDead, EngineOverloaded, InvalidRequest, RecordingInProgress
 from server.auth import OPEN_PATHS, KeyCheck
 from server.context import VERSION, AppContext, Lifecycle
+from server.door import Door
 from server.engine_face import Engine
 from server.errors import ApiError, GenerationFailed, as_api_error
 from server.history import History
@@ -88,6 +89,7 @@ def create_app(
         app.include_router(make_router(ctx))
     _answer_errors(app, metrics)
     describe(app, BODIES, ANSWERS, needs_key=bool(settings.api_key_hashes))
+    app.add_middleware(Door, check_room=engine.check_room, metrics=metrics)
     if settings.api_key_hashes:
         open_paths = OPEN_PATHS | PAGE_PATHS | ({"/metrics"} if settings.open_metrics else set())
         app.add_middleware(KeyCheck, key_hashes=settings.api_key_hashes, open_paths=open_paths)

@@ -18,7 +18,7 @@ from server.request_log import LoggedRequest, RequestLog
 
 _log = logging.getLogger("foregate.server")
 _SANE_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
-_KEY = "foregate.record"
+_KEY, _ENDPOINT = "foregate.record", "foregate.endpoint"
 
 
 @dataclass(slots=True)
@@ -100,4 +100,9 @@ def _request_id(scope: Scope) -> str:
 
 def endpoint_of(scope: Scope) -> str:
     """The route's pattern, never the path as sent, which would be an unbounded label."""
-    return str(getattr(scope.get("route"), "path", "other"))
+    return str(scope.get(_ENDPOINT) or getattr(scope.get("route"), "path", "other"))
+
+
+def name_endpoint(scope: Scope, pattern: str) -> None:
+    """Of a request that is answered before it comes to its route."""
+    scope[_ENDPOINT] = pattern

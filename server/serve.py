@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -134,8 +135,32 @@ class _AskedAllTheTime(logging.Filter):
         return logging.getLogger(record.name).isEnabledFor(record.levelno)
 
 
+class Refusals(logging.Filter):
+    """Of refusals by the hundred, as under overload, one line in some seconds is logged, and how many there were."""
+
+    def __init__(self, every_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._every_s = every_s
+        self._clock = clock
+        self._last_s = -math.inf
+        self._num_left_out = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        args = record.args
+        if not isinstance(args, tuple) or len(args) != 5 or args[4] != 503:
+            return True
+        now_s = self._clock()
+        if now_s - self._last_s < self._every_s:
+            self._num_left_out += 1
+            return False
+        if self._num_left_out:
+            record.msg = f"{record.msg}, and {self._num_left_out} more since the last that is told"
+        self._last_s, self._num_left_out = now_s, 0
+        return True
+
+
 def _config(app: ASGIApp) -> uvicorn.Config:
-    logging.getLogger("uvicorn.access").filters[:] = [_AskedAllTheTime()]
+    logging.getLogger("uvicorn.access").filters[:] = [_AskedAllTheTime(), Refusals()]
     return uvicorn.Config(
         app,
         lifespan="on",

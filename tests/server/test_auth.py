@@ -7,7 +7,9 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from engine.errors import EngineOverloaded
 from server.auth import hash_key
+from tests.server.fake_engine import FakeEngine
 
 
 @pytest.fixture
@@ -34,6 +36,15 @@ async def test_only_the_probes_are_open(locked: httpx.AsyncClient) -> None:
     for path in ("/metrics", "/version", "/openapi.json", "/v1/models", "/nowhere", "/health/"):
         assert (await locked.get(path)).status_code == 401
     assert (await locked.post("/v1/chat/completions", content=b"{")).status_code == 401
+
+
+async def test_who_has_no_key_does_not_learn_that_the_queue_is_full(
+    locked: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.full = EngineOverloaded("the queue is full")
+    assert (await locked.post("/v1/completions", content=b"{")).status_code == 401
+    opened = await locked.post("/v1/completions", content=b"{", headers={"authorization": "Bearer one"})
+    assert opened.status_code == 503
 
 
 async def test_metrics_can_be_open_too(connect: Callable[..., httpx.AsyncClient]) -> None:

@@ -223,7 +223,7 @@ async def test_a_refusal_by_the_engine_is_a_plain_http_error(
     assert engine.num_open == 0
 
 
-@pytest.mark.parametrize("path", [URL, "/v1/completions"])
+@pytest.mark.parametrize("path", [URL, "/v1/completions", "/completions", "/chat/completions"])
 async def test_a_full_queue_refuses_before_it_looks_at_a_body(
     client: httpx.AsyncClient, engine: FakeEngine, path: str
 ) -> None:
@@ -232,7 +232,9 @@ async def test_a_full_queue_refuses_before_it_looks_at_a_body(
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "overloaded"
     assert "retry-after" in response.headers
-    assert 'reason="queue_full"' in (await client.get("/metrics")).text
+    metrics = (await client.get("/metrics")).text
+    assert re.search(r'foregate_admission_rejections_total\{[^}]*reason="queue_full"\} 1.0', metrics)
+    assert re.search(rf'foregate_requests_total\{{[^}}]*code="503",endpoint="{path}"[^}}]*\}} 1.0', metrics)
     tokenized = await client.post("/tokenize", json={"prompt": "a"})  # needs no place in the queue
     assert tokenized.status_code == 200
 

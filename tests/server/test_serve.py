@@ -19,7 +19,7 @@ import pytest
 from engine.errors import CheckpointError, ConfigError
 from server.app import create_app
 from server.context import Lifecycle
-from server.serve import ShutdownTimes, listen, run, serve
+from server.serve import Refusals, ShutdownTimes, listen, run, serve
 from server.settings import AppSettings
 from tests.server.fake_engine import FakeEngine, Script, Token
 
@@ -77,7 +77,7 @@ async def test_probes_answer_while_the_model_loads(engine: FakeEngine) -> None:
 
 
 async def test_how_long_the_start_took_is_told_once_it_is_over_and_the_loop_is_watched(engine: FakeEngine) -> None:
-    engine.start_s = 0.3
+    engine.start_s = 2.0
     async with running(engine) as (server, client):
         assert "foregate_startup_seconds" not in (await client.get("/metrics")).text
         await server.until(client, "/health", 200)
@@ -206,3 +206,22 @@ async def test_what_is_asked_for_every_few_seconds_is_logged_for_debug_alone_unl
     told = [record.getMessage() for record in records if record.levelno == logging.INFO]
     assert any("/v1/models" in line for line in told)
     assert [line for line in told if "/v1/experts/stats" in line] == [line for line in told if line.endswith(" 503")]
+
+
+def test_of_many_refusals_one_line_in_some_seconds_is_logged_and_how_many_there_were() -> None:
+    now_s = 100.0
+    refusals = Refusals(5.0, lambda: now_s)
+
+    def lines(num: int, status: int = 503) -> list[str]:
+        args = ("127.0.0.1:1", "POST", "/v1/completions", "1.1", status)
+        records = [logging.LogRecord("a", logging.INFO, "", 0, '%s "%s %s HTTP/%s" %d', args, None) for _ in range(num)]
+        return [record.getMessage() for record in records if refusals.filter(record)]
+
+    assert lines(200) == ['127.0.0.1:1 "POST /v1/completions HTTP/1.1" 503']
+    assert len(lines(3, 200)) == 3
+    now_s += 5.0
+    assert lines(2) == ['127.0.0.1:1 "POST /v1/completions HTTP/1.1" 503, and 199 more since the last that is told']
+    now_s += 60.0
+    assert lines(1)[0].endswith("and 1 more since the last that is told")
+    now_s += 60.0
+    assert lines(1)[0].endswith("503")
