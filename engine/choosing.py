@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from engine.constraints import Constraints
-from engine.errors import InvalidRequest
 from engine.request import Request
 from engine.sampler import SampledToken, Sampler
 
@@ -21,7 +20,7 @@ Chosen = SampledToken | Exception  # an exception fails its request alone
 
 def choose_tokens(
     logits: Tensor, requests: Sequence[Request], sampler: Sampler, constraints: Constraints
-) -> list[Chosen | InvalidRequest]:
+) -> list[Chosen]:
     """float32 logits [n, V], one row a request, not changed -> what is chosen, or why the request fails, for each."""
     free = [i for i, request in enumerate(requests) if request.matcher is None or _may_be_drawn_freely(request)]
     chosen = _choose(logits, requests, free, sampler, None)

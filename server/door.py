@@ -17,8 +17,8 @@ _QUEUED = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completio
 class Door:
     """ASGI middleware: 503 at once for what would have to wait in a full queue.
 
-    Ten times the load is nine refusals for each answer, on the cores that compute: here they cost a third less than at
-    their route, which asks again for what has come in meanwhile.
+    Ten times the load is nine refusals for each answer, on the cores that compute. The route asks again, for what has
+    come in meanwhile.
     """
 
     def __init__(self, app: ASGIApp, *, check_room: Callable[[], None], metrics: ServerMetrics) -> None:

@@ -138,6 +138,16 @@ def test_logits_that_leave_no_choice_are_an_error(choose: Choose, value: float, 
             one([make_logits(1.0), torch.full((VOCAB,), value)], [draw(0.5, temperature)] * 2)
 
 
+@pytest.mark.parametrize("at", [0, 17, VOCAB - 1])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_logit_that_is_not_a_number_spoils_its_row(choose: Choose, at: int, temperature: float):
+    spoiled = make_logits(1.0)
+    spoiled[at] = float("nan")
+    for one in (choose, reference):
+        with pytest.raises(ValueError, match="no token can be chosen"):
+            one([spoiled], [draw(0.5, temperature, top_p=0.9)])
+
+
 def test_rows_that_do_not_fit_are_refused(choose: Choose):
     with pytest.raises(ValueError, match="one vocabulary"):
         choose([make_logits(1.0), make_logits(1.0, size=10)], [draw(0.5)] * 2)

@@ -42,6 +42,13 @@ static float largest(const float* x, int size) {
     return top;
 }
 
+// A comparison with a NaN is false, so one would pass for a token that never comes.
+static bool has_nan(const float* x, int size) {
+    int is_any = 0;
+    for (int i = 0; i < size; ++i) is_any |= x[i] != x[i];
+    return is_any != 0;
+}
+
 static void sum_blocks(Choice& c) {
     for (size_t b = 0; b < c.sums.size(); ++b) {
         F16 sum = f_zero();
@@ -187,13 +194,12 @@ static int choose_row(const float* logits, int size, const Draw& draw) {
     c.size = size;
     c.logits = logits = draw.allowed ? mask(c, logits, draw.allowed) : logits;
     c.top = largest(logits, size);
-    if (!std::isfinite(c.top)) return -1;
+    if (!std::isfinite(c.top) || has_nan(logits, size)) return -1;
     if (draw.temperature == 0.0) return (int)(std::find(logits, logits + size, c.top) - logits);
     c.inverse = 1.0f / std::max((float)draw.temperature, 1e-6f);
     exponentiate(c);
     sum_blocks(c);
     const double total = total_of(c);
-    if (!std::isfinite(total)) return -1;
     if (draw.top_k > 0 || draw.top_p < 1.0 || draw.min_p > 0.0) {
         filter(c, draw, total);
         sum_blocks(c);
