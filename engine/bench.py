@@ -94,6 +94,7 @@ class Workload:
     prompt_tokens: int = 128
     output_tokens: int = 64
     temperature: float = 0.0  # random weights repeat themselves at 0, and then need few experts
+    top_p: float = 1.0
 
 
 def bench_offline(
@@ -163,7 +164,11 @@ def bench_prompts(engine: Engine, workload: Workload, num_seqs: int, seed: int) 
 
 def _run(engine: Engine, backend: _TimedBackend, num_seqs: int, workload: Workload, seed: int) -> OfflineResult:
     params = SamplingParams(
-        temperature=workload.temperature, max_tokens=workload.output_tokens, ignore_eos=True, seed=seed
+        temperature=workload.temperature,
+        top_p=workload.top_p,
+        max_tokens=workload.output_tokens,
+        ignore_eos=True,
+        seed=seed,
     )
     for i, prompt in enumerate(bench_prompts(engine, workload, num_seqs, seed)):
         engine.add_request(f"bench{seed}-{i}", prompt, params)

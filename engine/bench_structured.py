@@ -142,6 +142,7 @@ class _Bench:
         for i, prompt in enumerate(self._prompts):
             params = SamplingParams(
                 temperature=self._workload.temperature,
+                top_p=self._workload.top_p,
                 max_tokens=self._workload.output_tokens,
                 seed=i,
                 structure=self._structure if structured else None,

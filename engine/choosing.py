@@ -3,6 +3,10 @@
 That is how the masked distribution is drawn from: a token that is allowed comes with its own probability p, or, after
 one that is not, with (1 - Z) p / Z, if Z is what all that are allowed make up; together p / Z. A mask costs up to a
 millisecond, and most tokens of a structured answer are allowed without one being looked at.
+
+`top_k`, `top_p` and `min_p` so cut the model's own distribution first, and the allowed tokens' only where the grammar
+does not take what is drawn from that: p / F + (1 - A) p / M, if F and M are what is left of the two, and A is the
+allowed part of the first.
 """
 
 from __future__ import annotations
@@ -22,29 +26,17 @@ def choose_tokens(
     logits: Tensor, requests: Sequence[Request], sampler: Sampler, constraints: Constraints
 ) -> list[Chosen]:
     """float32 logits [n, V], one row a request, not changed -> what is chosen, or why the request fails, for each."""
-    free = [i for i, request in enumerate(requests) if request.matcher is None or _may_be_drawn_freely(request)]
-    chosen = _choose(logits, requests, free, sampler, None)
-    refused = [
-        i
-        for i, request in enumerate(requests)
-        if request.matcher is not None and not _is_settled(request, chosen.get(i))
-    ]
+    chosen = _choose(logits, requests, list(range(len(requests))), sampler, None)
+    refused = [i for i, request in enumerate(requests) if not _is_settled(request, chosen[i])]
     masks, spoiled = constraints.masks(requests, refused)
     chosen |= _choose(logits, requests, refused, sampler, masks)
     return [spoiled.get(i, chosen[i]) for i in range(len(requests))]
 
 
-def _may_be_drawn_freely(request: Request) -> bool:
-    """Whether what is left of the distribution does not depend on which tokens are allowed, but for its sum."""
-    params = request.params
-    return params.greedy or (params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0)
-
-
-def _is_settled(request: Request, chosen: Chosen | None) -> bool:
-    """Whether the grammar takes what was drawn freely, or nothing can be."""
-    if not isinstance(chosen, SampledToken):
-        return chosen is not None
-    assert request.matcher is not None
+def _is_settled(request: Request, chosen: Chosen) -> bool:
+    """Whether there is no grammar, or it takes what was drawn freely, or nothing can be drawn."""
+    if request.matcher is None or not isinstance(chosen, SampledToken):
+        return True
     return bool(request.matcher.validate_tokens([chosen.token_id]) == 1)
 
 

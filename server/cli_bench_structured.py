@@ -30,6 +30,7 @@ def structured(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="In each prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=3, help="Of each answer.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling costs time too.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="With a temperature.")] = 1.0,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     experts: Experts = "auto",
     kv_memory: KvMemory = KV_MEMORY,
@@ -51,7 +52,7 @@ def structured(
         kernels=kernels,
         cache=CacheConfig(format=experts, memory_nbytes=expert_memory),
     )
-    workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, temperature=temperature)
+    workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, temperature=temperature, top_p=top_p)
     results = bench_structured(config, workload, num_seqs=seqs, num_turns=turns, progress=ProgressDisplay())
     if not json:
         typer.echo(f"{'structure':10} {'seqs':>4} {'turns':>5} {'free, step ms':>13} {'structured':>10} {'cost':>6}")

@@ -1,4 +1,4 @@
-"""Tokens of structured requests: the distribution is the masked one, whether a mask was looked at or not."""
+"""Tokens of structured requests: their distribution, whether a mask was looked at or not."""
 
 from __future__ import annotations
 
@@ -57,26 +57,46 @@ def structured(allowed: Sequence[int] = ALLOWED, **params: Any) -> Request:
     return request
 
 
-@pytest.mark.parametrize("params", [{}, {"temperature": 0.6}, {"logit_bias": {2: 1.5}}, {"top_k": 3}, {"top_p": 0.8}])
-def test_what_is_drawn_is_the_masked_distribution(logits, params: dict[str, Any]):
-    num = 4000
-    chosen, num_masked = choose(logits, [structured(seed=seed, **params) for seed in range(num)])
-    weights = logits.clone()
+def probabilities(logits: torch.Tensor, params: dict[str, Any], tokens: Sequence[int]) -> torch.Tensor:
+    """Of all tokens, [VOCAB], where only some may be drawn."""
+    logits = logits.clone()
     for token, bias in params.get("logit_bias", {}).items():
-        weights[token] += bias
-    weights = (weights[ALLOWED] / params.get("temperature", 1.0)).softmax(-1)
+        logits[token] += bias
+    weights = torch.zeros(VOCAB)
+    weights[list(tokens)] = (logits[list(tokens)] / params.get("temperature", 1.0)).softmax(-1)
     order = weights.argsort(descending=True)
     if "top_k" in params:
         weights[order[params["top_k"] :]] = 0.0
     if "top_p" in params:
         weights[order[1:][weights[order].cumsum(-1)[:-1] >= params["top_p"]]] = 0.0
-    weights /= weights.sum()
+    if "min_p" in params:
+        weights[weights < params["min_p"] * weights.max()] = 0.0
+    return weights / weights.sum()
+
+
+def assert_drawn_from(chosen: Sequence[Any], expected: torch.Tensor) -> None:
+    num = len(chosen)
     counts = Counter(token.token_id for token in chosen)
-    assert set(counts) <= set(ALLOWED)
-    for token, weight in zip(ALLOWED, weights.tolist(), strict=True):
+    for token, weight in enumerate(expected.tolist()):
         assert abs(counts[token] / num - weight) < 4 * math.sqrt(weight * (1 - weight) / num) + 1e-9
-    is_filtered = "top_k" in params or "top_p" in params
-    assert num_masked == num if is_filtered else 0 < num_masked < num
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.6}, {"logit_bias": {2: 1.5}}])
+def test_what_is_drawn_is_the_masked_distribution(logits, params: dict[str, Any]):
+    chosen, num_masked = choose(logits, [structured(seed=seed, **params) for seed in range(4000)])
+    assert_drawn_from(chosen, probabilities(logits, params, ALLOWED))
+    assert 0 < num_masked < len(chosen)
+
+
+@pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_p": 0.9, "temperature": 0.7}])
+def test_filters_cut_what_is_allowed_only_where_the_grammar_refused_the_models_own(logits, params: dict[str, Any]):
+    logits[11] = 1.5  # so that the model's own likeliest are of both kinds
+    chosen, num_masked = choose(logits, [structured(seed=seed, **params) for seed in range(4000)])
+    free = probabilities(logits, params, range(VOCAB))
+    taken = torch.zeros(VOCAB)
+    taken[ALLOWED] = free[ALLOWED]
+    assert_drawn_from(chosen, taken + (1 - taken.sum()) * probabilities(logits, params, ALLOWED))
+    assert 0 < num_masked < len(chosen)
 
 
 def test_the_likeliest_is_looked_for_among_all_first(logits):
