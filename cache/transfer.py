@@ -18,6 +18,9 @@ from cache.link_speed import WEIGHT
 from cache.stats import Link, LinkCounters, LinkStats
 from cache.transfer_queue import Buffer, OnDone, Ticket, TransferQueue
 
+_ANNOUNCED_S = 500e-6  # before a link is free its next record is chosen
+_WORTH_SLEEPING_S = 30e-6  # what arrives early by less is made up for by the next
+
 
 class Source(Protocol):
     """What records are read from."""
@@ -109,7 +112,7 @@ class TransferEngine:
     """`submit` returns at once; `on_done(error)` is called on an I/O thread when the record is in place and verified.
 
     A read that fails is tried once more before it is reported as failed. `link_bandwidth` (bytes/s) makes the source
-    behave like a link of that speed: one record at a time, none faster.
+    behave like a link of that speed: one record at a time.
     """
 
     def __init__(self, source: Source, max_depth: int, *, link_bandwidth: float | None = None) -> None:
@@ -121,7 +124,7 @@ class TransferEngine:
         self._num_idle = self._num_waking = 0  # threads that wait for it; of them those told, that have not looked yet
         self._link = threading.Condition(self._lock)  # somebody may cross it
         self._is_closing = False
-        self._link_is_busy = False
+        self._link_free_at = 0.0
         self._num_demands_at_link = 0
         self.num_ahead = 0  # records whose read began before anybody waited for them
         self.num_reads = self.num_retries = self.num_errors = self.num_cancelled = 0
@@ -258,21 +261,32 @@ class TransferEngine:
             return [ExpertReadError(t.key, f"{type(error).__name__}: {error}") for t in tickets]
 
     def _cross_link(self, tickets: list[Ticket], bandwidth: float) -> None:
-        """Hold the link for as long as the records take; who is waited for goes first."""
+        """Wait until the records have crossed the link, one after the other; who is waited for goes first.
+
+        Each crossing begins when the one before ended, however late that was noticed.
+        """
+        ready = time.perf_counter()
         with self._lock:
-            is_demand = any(ticket.is_demand for ticket in tickets)
-            self._num_demands_at_link += is_demand
-            while self._link_is_busy or (self._num_demands_at_link and not is_demand):
-                self._link.wait()
-                if not is_demand and any(ticket.is_demand for ticket in tickets):  # promoted
+            is_demand = False
+            while True:
+                if not is_demand and any(ticket.is_demand for ticket in tickets):  # from the start, or promoted
                     is_demand = True
                     self._num_demands_at_link += 1
-            self._link_is_busy = True
-        time.sleep(len(tickets) * self._source.record_nbytes / bandwidth)
-        with self._lock:
-            self._link_is_busy = False
+                until_turn_s = self._link_free_at - _ANNOUNCED_S - time.perf_counter()
+                if until_turn_s > 0:
+                    self._link.wait(until_turn_s)
+                elif not is_demand and self._num_demands_at_link:
+                    self._link.wait()
+                else:
+                    break
+            crossed = max(ready, self._link_free_at) + len(tickets) * self._source.record_nbytes / bandwidth
+            self._link_free_at = crossed
             self._num_demands_at_link -= is_demand
-            self._link.notify_all()
+            if is_demand:
+                self._link.notify_all()
+        left_s = crossed - time.perf_counter()
+        if left_s > _WORTH_SLEEPING_S:
+            time.sleep(left_s)
 
     def _finished(
         self,

@@ -155,7 +155,6 @@ def calibrate(subject: Subject, progress: Progress | None = None) -> Calibration
         offload=offload,
         disk_bandwidth=statistics.mean(bandwidths),
         max_depth=config.cache.num_io_threads,
-        crossing_s=probed.crossing_s,
         host_bandwidth=probed.host_bandwidth,
     )
     settings = SimulationSettings(num_slots=num_slots, policy=config.cache.policy)

@@ -1,4 +1,4 @@
-"""Times what brings experts: the packed file as the store reads it, copies out of RAM, and a sleep that is a link."""
+"""Times what brings experts: the packed file as the store reads it, and copies out of RAM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ _NUM_READS = 12  # of which the median is taken
 _TOGETHER = 4  # neighbours in one read, to tell latency from bytes
 _SAMPLE_S = 0.3
 _FEW = 4
-_SLEEP_S = 400e-6  # about what a record takes on a link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +26,6 @@ class ProbedLink:
     """See the fields of `Calibration`."""
 
     disk: LinkCost
-    crossing_s: float
     host_bandwidth: float
 
 
@@ -58,7 +56,6 @@ def probe_link(store: ExpertStore, seed: int = 0) -> ProbedLink:
 
     return ProbedLink(
         disk=LinkCost(latency_s=latency_s, rates=rates),
-        crossing_s=max(0.0, _median_s(lambda: time.sleep(_SLEEP_S)) - _SLEEP_S),
         host_bandwidth=store.record_nbytes / _median_s(copy),
     )
 

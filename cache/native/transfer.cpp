@@ -15,6 +15,8 @@
 namespace foregate {
 
 constexpr int64_t kAlignment = 4096;  // of O_DIRECT
+constexpr std::chrono::microseconds kAnnounced{500};     // before the link is free its next record is chosen
+constexpr std::chrono::microseconds kWorthSleeping{30};  // what arrives early by less is made up for by the next
 
 enum Status : int32_t { kOk = 0, kDiskError = 1, kShortRead = 2, kCorrupt = 3 };
 
@@ -269,29 +271,32 @@ class Transfer {
         }
     }
 
-    // Hold the link for as long as the records take; who is waited for goes first.
+    // Wait until the records have crossed the link, one after the other; who is waited for goes first. Each crossing begins
+    // when the one before ended, however late that was noticed: waking takes longer than a small record on a fast link.
     void cross_link(const std::vector<JobPtr>& jobs) {
         std::unique_lock<std::mutex> lock(mutex_);
+        const auto ready = Clock::now();
         const auto is_waited_for = [&] {
             return std::any_of(jobs.begin(), jobs.end(), [](const JobPtr& job) { return job->is_demand; });
         };
-        bool is_demand = is_waited_for();
-        num_demands_at_link_ += is_demand;
-        while (link_is_busy_ || (num_demands_at_link_ > 0 && !is_demand)) {
-            link_.wait(lock);
-            if (!is_demand && is_waited_for()) {  // promoted
+        bool is_demand = false;
+        while (true) {
+            if (!is_demand && is_waited_for()) {  // from the start, or promoted
                 is_demand = true;
                 ++num_demands_at_link_;
             }
+            const auto turn = link_free_at_ - kAnnounced;
+            if (Clock::now() < turn) link_.wait_until(lock, turn);
+            else if (!is_demand && num_demands_at_link_ > 0) link_.wait(lock);
+            else break;
         }
-        link_is_busy_ = true;
-        lock.unlock();
         const double seconds = (double)jobs.size() * (double)setup_.record_nbytes / setup_.link_bandwidth;
-        std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
-        lock.lock();
-        link_is_busy_ = false;
+        const auto crossed = std::max(ready, link_free_at_) + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+        link_free_at_ = crossed;
         num_demands_at_link_ -= is_demand;
-        link_.notify_all();
+        if (is_demand) link_.notify_all();
+        lock.unlock();
+        if (crossed - Clock::now() > kWorthSleeping) std::this_thread::sleep_until(crossed);
     }
 
     void finish(const std::vector<JobPtr>& jobs, const std::vector<Arrival>& arrivals, bool is_demand, double seconds, double until_in_place_s, int num_retries) {
@@ -327,7 +332,8 @@ class Transfer {
     int num_waiting_ = 0;  // in `take`
     int num_idle_ = 0, num_waking_ = 0;  // threads that wait for work; of them those told, that have not looked yet
     int num_demands_at_link_ = 0;
-    bool link_is_busy_ = false, is_closing_ = false;
+    Clock::time_point link_free_at_{};
+    bool is_closing_ = false;
     std::vector<std::thread> threads_;
 };
 
