@@ -19,25 +19,21 @@ class CertainPrefetch:
         self._num_decoded = 0  # rows of this step, if none is a prompt's
         self._all_keys = keys
         self._wanted: list[list[ExpertKey]] = []  # of each layer, in this step
-        self._still: list[frozenset[ExpertKey]] = []  # wanted from this layer on
+        self._still: set[ExpertKey] = set()  # wanted by layers that have not ended
         self._next = 0  # the first layer of which not all is here or on its way
 
     def step_begins(self, experts: Sequence[Sequence[int]], num_decoded: int = 0) -> None:
         """A step whose layers will be asked for these experts. `num_decoded`: its rows, if none is a prompt's."""
         self._prefetcher.step_begins()
         self._num_decoded = num_decoded
-        self._is_on = self._always or self._prefetcher.is_worth_it
-        if not self._is_on:
-            return
         self._wanted = [
             [keys[expert] for expert in of_layer] for keys, of_layer in zip(self._all_keys, experts, strict=True)
         ]
-        still: frozenset[ExpertKey] = frozenset()
-        self._still = [still]
-        for wanted in reversed(self._wanted):
-            still = still.union(wanted)
-            self._still.append(still)
-        self._still.reverse()
+        self._prefetcher.will_use(self._wanted)
+        self._is_on = self._always or self._prefetcher.is_worth_it
+        if not self._is_on:
+            return
+        self._still = set().union(*self._wanted)
         self._next = 0
         self._prefetch(-1)
 
@@ -46,6 +42,8 @@ class CertainPrefetch:
         self._prefetcher.layer_begins(index)
         if not self._is_on:
             return
+        if index:
+            self._still.difference_update(self._wanted[index - 1])
         self._prefetcher.foretold(1, len(self._wanted[index]), len(self._wanted[index]))
         self._prefetch(index)
 
@@ -56,8 +54,7 @@ class CertainPrefetch:
     def _prefetch(self, index: int) -> None:
         """Top up what is on its way, nearest layer first; what this step still needs makes no room for it."""
         self._next = max(self._next, index + 1)
-        keep = self._still[max(0, index)]
         while self._next < len(self._wanted):
-            if not self._prefetcher.offer_certain(self._next - index, self._wanted[self._next], keep):
+            if not self._prefetcher.offer_certain(self._next - index, self._wanted[self._next], self._still):
                 return
             self._next += 1

@@ -126,6 +126,12 @@ class ExpertCache:
         with self._changed:
             self._policy.observe(layer, requests, chosen, is_prefill)
 
+    def will_use(self, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        """A step begins that is sure to use these, of each of its layers. For the policy."""
+        if not self.holds_all:
+            with self._changed:
+                self._policy.will_use(keys)
+
     def ended(self, request: int) -> None:
         """A request is over: the policy expects nothing of it any more."""
         with self._changed:
@@ -140,14 +146,18 @@ class ExpertCache:
         """
         residents = self._residents
         num_issued = 0
-        stays = {key for key, _ in wanted}.union(keep)
+        soon = {key for key, _ in wanted}
+
+        def is_idle(key: ExpertKey) -> bool:
+            return residents.evictable(key) and key not in soon and key not in keep
+
         with self._changed:
             self._transfer.poll()
             counters = self._books.prefetched(distance)
             for key, benefit in wanted:
                 if key in residents.entries:
                     continue
-                taken = residents.take(lambda other: residents.evictable(other) and other not in stays, "prefetch")
+                taken = residents.take(is_idle, "prefetch")
                 if taken is None:
                     break
                 residents.ahead[key] = residents.load(key, taken, benefit=benefit, distance=distance)

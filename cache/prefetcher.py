@@ -73,6 +73,10 @@ class Prefetcher:
         """Whether to foretell in this step: compute has waited, and steps are faster for it or that is being tried."""
         return self._stall_share > _WAITED and self._trials.is_on
 
+    def will_use(self, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        """A step begins that is sure to use these, of each of its layers."""
+        self._cache.will_use(keys)
+
     def cancel(self, layer: int, but: Collection[ExpertKey]) -> None:
         """What is on its way to a layer that is routed now, and not asked for, is not needed."""
         self._cache.cancel_prefetches(layer, but)

@@ -86,7 +86,7 @@ class Residents:
         slot = self.pool.take()
         if slot is not None:
             return slot, None
-        key = self.policy.victim(evictable)
+        key = self.policy.victim(evictable, sparing=reason == "prefetch")
         if key is None:
             return None
         entry = self.entries[key]

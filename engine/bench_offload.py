@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ WARM_UP_TOKENS = 16  # of each sequence, before anything is counted
 
 
 class OffloadResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One setting. Totals and medians are of decode steps after the warm-up."""
+    """One setting: medians over the turns of what each saw in its decode steps after the warm-up."""
 
     memory_share: float  # of the experts that have a slot
     link_gib_per_s: float | None  # None: the disk as it is
@@ -48,14 +48,11 @@ class OffloadResult(msgspec.Struct, frozen=True, kw_only=True):
     read_mb_per_token: float
     resident_step_ms: float  # of the run with all experts in memory
     link_step_ms: float  # bytes that were read in a step / the bandwidth that was measured
-    same_bits: bool  # tokens and logprobs are those of the resident run
+    of_bound: float  # step time / max(compute, bytes / bandwidth)
+    num_turns: int
+    same_bits: bool  # tokens and logprobs are always those of the resident run
     peak_rss_mib: float  # of the process so far
     recovered: float | None = None  # of what the oracle takes off the stall without prediction
-
-    @property
-    def of_bound(self) -> float:
-        """Step time / max(compute, bytes / bandwidth)."""
-        return self.step_ms / max(self.resident_step_ms, self.link_step_ms)
 
 
 class RoutingLog:
@@ -91,6 +88,7 @@ def bench_offload(
     workload: Workload,
     *,
     num_seqs: int = 1,
+    num_turns: int = 3,
     memory_shares: Sequence[float] = (0.5, 0.25),
     links: Sequence[float | None] = (None,),
     predictors: Sequence[str] = (OFF, "auto"),
@@ -99,12 +97,13 @@ def bench_offload(
     routing_skew: float = 0.0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[OffloadResult]:
-    """The same workload with all experts in memory, then with each share, link (bytes/s) and predictor.
+    """The same workload with all experts in memory, and with each share, link (bytes/s) and predictor.
 
-    The packed file is read by O_DIRECT, so the page cache is always cold. Where the predictors hold `oracle` and
-    `off`, what each recovers of the difference is told.
+    The engines of a share and a link take turns, with other prompts in each, so that all meet the machine as it is at
+    the time; all of them are in memory at once. The packed file is read by O_DIRECT, so the page cache is always cold.
+    Where the predictors hold `oracle` and `off`, what each recovers of the difference is told.
     """
-    with tempfile.TemporaryDirectory(prefix="foregate-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="foregate-bench-") as scratch, ExitStack() as engines:
         directory = Path(scratch) if random_shape is not None else config.model
         config = replace(
             config,
@@ -118,31 +117,38 @@ def bench_offload(
                 return Checkpoint(directory)
             return SyntheticCheckpoint(random_shape, num_layers, directory, routing_skew)
 
+        whole = replace(config, cache=replace(config.cache, predictor=OFF))
+        resident = engines.enter_context(open_engine(whole, checkpoint(), progress))
+        num_experts, record_nbytes = resident.stats().expert_cache.num_slots, resident.stats().expert_cache.slot_nbytes
         log = RoutingLog()
-        with open_engine(replace(config, cache=replace(config.cache, predictor=OFF)), checkpoint(), progress) as engine:
-            engine.observe(log)
-            num_experts, record_nbytes = engine.stats().expert_cache.num_slots, engine.stats().expert_cache.slot_nbytes
-            resident = run_workload(engine, workload, num_seqs)
+        resident.observe(log)
         for share in memory_shares:
             for link in links:
-                results = []
-                for predictor in predictors:
-                    cache = replace(
-                        config.cache,
-                        memory_nbytes=max(1, round(share * num_experts)) * record_nbytes,
-                        link_bandwidth=link,
-                        predictor=OFF if predictor == ORACLE else predictor,
-                    )
-                    with open_engine(replace(config, cache=cache), checkpoint(), progress) as engine:
-                        if predictor == ORACLE:
-                            engine.observe(make_oracle(engine, log))
-                        run = run_workload(engine, workload, num_seqs)
-                    results.append(_result(run, resident, share, link, predictor, num_seqs))
-                yield from _with_recovered(results)
+                with ExitStack() as offloaded:
+                    log.steps.clear()
+                    of_each = {}
+                    for predictor in predictors:
+                        cache = replace(
+                            config.cache,
+                            memory_nbytes=max(1, round(share * num_experts)) * record_nbytes,
+                            link_bandwidth=link,
+                            predictor=OFF if predictor == ORACLE else predictor,
+                        )
+                        opened = open_engine(replace(config, cache=cache), checkpoint(), progress)
+                        of_each[predictor] = offloaded.enter_context(opened)
+                    if ORACLE in of_each:
+                        of_each[ORACLE].observe(make_oracle(of_each[ORACLE], log))
+                    turns: dict[str, list[OffloadResult]] = {predictor: [] for predictor in predictors}
+                    for turn in range(num_turns):
+                        expected = run_workload(resident, workload, num_seqs, seed=turn)
+                        for predictor, engine in of_each.items():
+                            run = run_workload(engine, workload, num_seqs, seed=turn)
+                            turns[predictor].append(_result(run, expected, share, link, predictor, num_seqs))
+                yield from _with_recovered([_medians(results) for results in turns.values()])
 
 
 def make_oracle(engine: Engine, log: RoutingLog) -> ExactForesight:
-    """An observer that reads ahead what the logged run asked for."""
+    """An observer that reads ahead what the logged runs asked for; the log may grow from run to run."""
     moe, cache = engine.moe, engine.expert_cache
     keys = [expert_keys(moe, layer) for layer in moe.layers]
     return OracleForesight(Prefetcher(cache, len(keys)), keys, log.steps)
@@ -161,9 +167,9 @@ def open_engine(
         engine.close()
 
 
-def run_workload(engine: Engine, workload: Workload, num_seqs: int) -> OffloadRun:
-    """All sequences at once, each of `workload.output_tokens` beyond the warm-up, always the same prompts."""
-    prompts = bench_prompts(engine, workload, num_seqs, seed=0)
+def run_workload(engine: Engine, workload: Workload, num_seqs: int, seed: int = 0) -> OffloadRun:
+    """All sequences at once, each of `workload.output_tokens` beyond the warm-up; the seed gives the prompts."""
+    prompts = bench_prompts(engine, workload, num_seqs, seed)
     for i, prompt in enumerate(prompts):
         params = SamplingParams(
             temperature=workload.temperature,
@@ -201,20 +207,37 @@ def _result(
     queries = run.after.decode.queries - run.before.decode.queries
     nbytes = run.after.fetched_nbytes - run.before.fetched_nbytes
     bandwidth = run.after.bandwidth
+    step_ms = 1e3 * sum(run.step_s) / num_steps
+    resident_step_ms = 1e3 * statistics.median(resident.step_s)
+    link_step_ms = 1e3 * nbytes / num_steps / bandwidth if bandwidth else 0.0
     return OffloadResult(
         memory_share=share,
         link_gib_per_s=None if link is None else link / 1024**3,
         predictor=predictor,
         num_seqs=num_seqs,
         tokens_per_s=num_tokens / sum(run.step_s),
-        step_ms=1e3 * sum(run.step_s) / num_steps,
+        step_ms=step_ms,
         stall_ms_per_token=1e3 * stall_s / num_tokens,
         hit_rate=(run.after.decode.hits - run.before.decode.hits) / max(1, queries),
         read_mb_per_token=nbytes / 1e6 / num_tokens,
-        resident_step_ms=1e3 * statistics.median(resident.step_s),
-        link_step_ms=1e3 * nbytes / num_steps / bandwidth if bandwidth else 0.0,
+        resident_step_ms=resident_step_ms,
+        link_step_ms=link_step_ms,
+        of_bound=step_ms / max(resident_step_ms, link_step_ms),
+        num_turns=1,
         same_bits=run.answers == resident.answers,
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )
+
+
+def _medians(turns: Sequence[OffloadResult]) -> OffloadResult:
+    """Of one setting's turns."""
+    measured = ("tokens_per_s", "step_ms", "stall_ms_per_token", "hit_rate", "read_mb_per_token")
+    compared = ("resident_step_ms", "link_step_ms", "of_bound")
+    return msgspec.structs.replace(
+        turns[-1],
+        num_turns=len(turns),
+        same_bits=all(turn.same_bits for turn in turns),
+        **{name: statistics.median(getattr(turn, name) for turn in turns) for name in (*measured, *compared)},
     )
 
 

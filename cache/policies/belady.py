@@ -37,7 +37,7 @@ class BeladyPolicy:
     def remove(self, key: ExpertKey) -> None:
         del self._next[key]
 
-    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+    def victim(self, evictable: Callable[[ExpertKey], bool], *, sparing: bool = False) -> ExpertKey | None:
         pinned = []
         found = None
         while self._heap:
@@ -52,6 +52,9 @@ class BeladyPolicy:
         for entry in pinned:
             heapq.heappush(self._heap, entry)
         return found
+
+    def will_use(self, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        pass
 
     def observe(self, layer: int, requests: Sequence[int], chosen: Sequence[Sequence[int]], is_prefill: bool) -> None:
         self._now += 1

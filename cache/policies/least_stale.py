@@ -31,7 +31,7 @@ class LeastStalePolicy:
     def remove(self, key: ExpertKey) -> None:
         del self._orders[self._idx[key.layer]][key]
 
-    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+    def victim(self, evictable: Callable[[ExpertKey], bool], *, sparing: bool = False) -> ExpertKey | None:
         for i in range(self._current, -1, -1):
             for key, used in self._orders[i].items():
                 if used == self._pass:
@@ -43,6 +43,9 @@ class LeastStalePolicy:
                 if evictable(key):
                     return key
         return None
+
+    def will_use(self, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        pass
 
     def observe(self, layer: int, requests: Sequence[int], chosen: Sequence[Sequence[int]], is_prefill: bool) -> None:
         i = self._idx[layer]

@@ -42,7 +42,7 @@ class LfuPolicy:
     def remove(self, key: ExpertKey) -> None:
         del self._entry[key]
 
-    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+    def victim(self, evictable: Callable[[ExpertKey], bool], *, sparing: bool = False) -> ExpertKey | None:
         pinned = []
         found = None
         while self._heap:
@@ -57,6 +57,9 @@ class LfuPolicy:
         for entry in pinned:
             heapq.heappush(self._heap, entry)
         return found
+
+    def will_use(self, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        pass
 
     def observe(self, layer: int, requests: Sequence[int], chosen: Sequence[Sequence[int]], is_prefill: bool) -> None:
         self._pass += layer <= self._last_layer

@@ -24,8 +24,11 @@ class LruPolicy:
     def remove(self, key: ExpertKey) -> None:
         del self._order[key]
 
-    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+    def victim(self, evictable: Callable[[ExpertKey], bool], *, sparing: bool = False) -> ExpertKey | None:
         return next((key for key in self._order if evictable(key)), None)
+
+    def will_use(self, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        pass
 
     def observe(self, layer: int, requests: Sequence[int], chosen: Sequence[Sequence[int]], is_prefill: bool) -> None:
         pass

@@ -27,8 +27,14 @@ class Policy(Protocol):
     def remove(self, key: ExpertKey) -> None:
         """An expert lost its slot."""
 
-    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        """The resident expert to give up first among the evictable ones, None if there is none. Removes nothing."""
+    def victim(self, evictable: Callable[[ExpertKey], bool], *, sparing: bool = False) -> ExpertKey | None:
+        """The resident expert to give up first among the evictable ones, None if there is none. Removes nothing.
+
+        `sparing`: the caller can do without, and none that `will_use` has named is evictable.
+        """
+
+    def will_use(self, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        """A step begins that is sure to use these, of each of its layers; each layer's hold until it is observed."""
 
     def observe(self, layer: int, requests: Sequence[int], chosen: Sequence[Sequence[int]], is_prefill: bool) -> None:
         """A layer call begins: token i of the step belongs to `requests[i]` and is routed to the experts `chosen[i]`.

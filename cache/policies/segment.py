@@ -16,6 +16,8 @@ _STAGING_SHARE = 0.25  # of the slots, for what only prompts have asked for, whi
 _DISTANCE_BASE = 1.0  # an expert's worth is its expectation / (this + share of the layer cycle until its layer runs)
 _HORIZON_BASE, _HORIZON_SLOPE = 1.0, 2.5  # tokens ahead = base + slope * tokens whose experts the slots hold
 _INFINITE = np.float32(np.inf)
+_SURE = 2.0  # the value, at least, of what this step is known to use; that of others is below 1
+_FEW = 16  # of least value that are looked for at once
 
 
 class _Plan:
@@ -60,6 +62,8 @@ class SegmentPolicy:
         self._nearness = np.repeat(1.0 / (_DISTANCE_BASE + distance / num_layers), num_experts).astype(np.float32)
         self._staged = np.zeros(shape, dtype=np.bool_)  # resident for prompts alone
         self._has_staged = False
+        self._sure = np.zeros(shape, dtype=np.bool_)  # this step is going to use it, its layer has not run yet
+        self._is_foretold = False
         self._row_of: dict[int, int] = {}  # request -> row
         self._free_rows: list[int] = []
         self._decoding: set[int] = set()  # requests
@@ -70,6 +74,7 @@ class SegmentPolicy:
         self._is_prefill = False
         self._of_decoding: NDArray[np.bool_] = np.zeros(num_experts, dtype=np.bool_)  # used by more than a prompt
         self._values = np.full(num_layers * num_experts, _INFINITE)  # of what may be evicted in this call
+        self._least_first: list[int] = []  # some of those of least value, the last first
         self._is_ranked = False
         self._ceiling_at, self._worth_at = _items(self._ceiling), _items(self._worth)
         self._needless_at, self._values_at = _items(self._needless), _items(self._values)
@@ -95,27 +100,64 @@ class SegmentPolicy:
         if self._has_staged:
             self._staged.reshape(-1)[at] = False
 
-    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+    def victim(self, evictable: Callable[[ExpertKey], bool], *, sparing: bool = False) -> ExpertKey | None:
         if not self._is_ranked:
             self._catch_up()
             self._rank()
         found = None
         if self._is_staging_full():
-            found = self._least(np.where(self._staged.reshape(-1), self._values, _INFINITE), evictable)
+            found = self._least_staged(evictable)
         if found is None:
-            found = self._least(self._values, evictable)
-        if found is None:  # another wave of this call, or another thread's: what was pinned may no longer be
+            found = self._least(evictable, sparing=sparing)
+        if found is None and not sparing:  # another wave of this call, or another thread's: what was pinned may be free
             self._rank()
-            found = self._least(self._values, evictable)
+            found = self._least(evictable)
         return found
+
+    def will_use(self, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        self._sure[:] = False
+        sure, idx, num_experts = self._sure.reshape(-1), self._idx, self._num_experts
+        sure[[idx[layer] * num_experts + expert for of_layer in keys for layer, expert in of_layer]] = True
+        self._is_foretold, self._is_ranked = True, False
 
     def _rank(self) -> None:
         start = (self._num_layers - 1 - self._current) * self._num_experts  # the layer after this one is the nearest
-        np.multiply(self._worth.reshape(-1), self._nearness[start : start + len(self._values)], out=self._values)
+        nearness = self._nearness[start : start + len(self._values)]
+        np.multiply(self._worth.reshape(-1), nearness, out=self._values)
+        if self._is_foretold:
+            sure = self._sure.reshape(-1) & (self._values < _INFINITE)
+            self._values[sure] = nearness[sure] + _SURE
         self._is_ranked = True
+        self._least_first.clear()
 
-    def _least(self, values: NDArray[np.float32], evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        """The evictable expert of least value; those that turn out not to be are struck out of `values`."""
+    def _least(self, evictable: Callable[[ExpertKey], bool], *, sparing: bool = False) -> ExpertKey | None:
+        """The evictable expert of least value; those that turn out not to be are struck out until the next ranking."""
+        values, least_first = self._values_at, self._least_first
+        while least_first or self._look_for_least():
+            at = least_first[-1]
+            value = values[at]
+            if sparing and _SURE < value < math.inf:
+                return None
+            if value != math.inf:  # neither struck out nor gone since
+                key = self._keys[at]
+                if evictable(key):
+                    return key
+                values[at] = math.inf
+            least_first.pop()
+        return None
+
+    def _look_for_least(self) -> bool:
+        """The next few of least value, the last in the list first; whether there are any."""
+        values = self._values
+        few = values.argpartition(_FEW)[:_FEW] if len(values) > _FEW else np.arange(len(values))
+        few = few[values[few] < _INFINITE]
+        few.sort()
+        self._least_first += few[values[few].argsort(kind="stable")[::-1]].tolist()
+        return bool(self._least_first)
+
+    def _least_staged(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        """As `_least`, of those that are here for prompts alone."""
+        values = np.where(self._staged.reshape(-1), self._values, _INFINITE)
         while True:
             at = int(values.argmin())
             if values.item(at) == math.inf:
@@ -146,6 +188,9 @@ class SegmentPolicy:
             self._first_pending = i
         self._pending.append(chosen)
         self._current, self._is_prefill, self._is_ranked = i, is_prefill, False
+        if self._is_foretold:
+            self._sure[i] = False
+            self._is_foretold = i + 1 < self._num_layers
         if is_prefill or self._has_staged:
             self._unstage(i, plan, chosen)
         if plan.prompts:

@@ -38,8 +38,11 @@ class SlruPolicy:
         else:
             del self._probation[key]
 
-    def victim(self, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+    def victim(self, evictable: Callable[[ExpertKey], bool], *, sparing: bool = False) -> ExpertKey | None:
         return next((key for key in chain(self._probation, self._protected) if evictable(key)), None)
+
+    def will_use(self, keys: Sequence[Sequence[ExpertKey]]) -> None:
+        pass
 
     def observe(self, layer: int, requests: Sequence[int], chosen: Sequence[Sequence[int]], is_prefill: bool) -> None:
         pass
