@@ -217,6 +217,56 @@ def test_segment_prefers_the_layer_that_comes_next():
     assert policy.victim(always) == far
 
 
+def test_segment_gives_up_last_what_this_step_is_known_to_use_until_its_layer_has_begun():
+    policy = make("segment")
+    run_tokens(policy, 0, [0, 1], 30)
+    used, sure, surer = ExpertKey(5, 0), ExpertKey(5, 7), ExpertKey(2, 7)
+    for key in (used, sure, surer):  # those of expert 7 are least expected
+        policy.insert(key)
+    assert policy.victim(always) in (sure, surer)
+    policy.will_use([[], [surer], [sure]])
+    policy.observe(1, [0], [[0, 1]], False)
+    assert policy.victim(always, sparing=True) == policy.victim(always) == used
+    assert policy.victim(lambda key: key != used, sparing=True) is None
+    assert policy.victim(lambda key: key != used) == sure  # wanted later than the other
+    policy.observe(2, [0], [[7, 1]], False)
+    assert policy.victim(always, sparing=True) == surer
+    policy.observe(5, [0], [[7, 1]], False)
+    assert policy.victim(lambda key: key == sure, sparing=True) == sure
+
+
+@names
+def test_a_policy_may_be_told_what_a_step_is_sure_to_use(name: str):
+    policy = make(name)
+    policy.insert(A)
+    policy.will_use([[A], [], []])
+    assert policy.victim(always) == A
+
+
+def test_segment_finds_the_least_expected_among_many_one_after_the_other():
+    policy = POLICIES["segment"](40, LAYERS, 64)
+    rng = random.Random(3)
+    keys = [ExpertKey(layer, expert) for layer in LAYERS for expert in range(64)]
+    for _ in range(200):
+        for layer in LAYERS:
+            policy.observe(layer, [0], [[min(63, int(rng.expovariate(0.1))) for _ in range(2)]], False)
+    resident = rng.sample(keys, 40)
+    for key in resident:
+        policy.insert(key)
+    policy.observe(1, [0], [[0, 1]], False)
+    pinned = set(rng.sample(resident, 5))
+    values = {}
+    for key in resident:
+        policy.victim(always)  # ranks
+        values[key] = policy._values_at[LAYERS.index(key.layer) * 64 + key.expert]
+    order = []
+    while (victim := policy.victim(lambda key: key not in pinned)) is not None:
+        order.append(victim)
+        policy.remove(victim)
+    assert set(order) == set(resident) - pinned
+    assert [values[key] for key in order] == sorted(values[key] for key in order)
+
+
 @pytest.mark.parametrize(("name", "num_kept"), [("segment", 16), ("lru", 0)])
 def test_a_long_prompt_takes_its_share_of_the_slots_from_a_request_that_decodes_and_no_more(name: str, num_kept: int):
     layers, num_slots = range(8), 32
