@@ -63,6 +63,7 @@ def test_the_offload_bench_compares_predictors_with_an_oracle_on_the_same_bits(m
             config,
             Workload(prompt_tokens=12, output_tokens=10, temperature=1.0),
             num_seqs=2,
+            num_turns=2,
             memory_shares=[0.5],
             links=[None, 1e6],
             predictors=["off", "stale_gate", "oracle"],
