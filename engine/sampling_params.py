@@ -74,11 +74,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check_range("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise InvalidRequest("seed must fit 64 bits", param="seed")
-        if not math.isfinite(self.repetition_penalty) or not 0.0 < self.repetition_penalty <= 10.0:
-            raise InvalidRequest(
-                f"repetition_penalty must be above 0 and at most 10, got {self.repetition_penalty}",
-                param="repetition_penalty",
-            )
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         for token_id, bias in self.logit_bias.items():

@@ -154,8 +154,8 @@ async def fuzz(
                     continue
                 statuses[str(response.status_code)] += 1
                 overloaded = response.status_code == 503 and "retry-after" in response.headers
-                failed = response.status_code >= 500 and not overloaded
-                if failed or b'"code":"internal_error"' in response.content:
+                is_fault = response.status_code >= 500 or b'"type":"server_error"' in response.content  # in a stream
+                if is_fault and not overloaded:
                     faults.append(f"{response.status_code} {response.text[:300]}: {asked}"[:2000])
 
         await asyncio.gather(*(work() for _ in range(concurrency)))

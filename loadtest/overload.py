@@ -23,7 +23,7 @@ from server.remote import server_url
 
 _REFUSED_S = 0.05
 _SHARE = 0.95
-_FILL_S = 5.0  # until the queue is full and the load is steady
+_FILL_S = 4.0  # until the queue is full and the load is steady
 
 
 class OverloadResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,8 +80,8 @@ class _Tally:
 
 def main(
     url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    seconds: Annotated[float, typer.Option(help="Of each part, measured.")] = 15.0,
-    turns: Annotated[int, typer.Option(help="Under the load.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Of each part, measured.")] = 6.0,
+    turns: Annotated[int, typer.Option(help="Under the load.")] = 15,
     concurrency: Annotated[int, typer.Option(help="What it runs at once.")] = 32,
     times: Annotated[float, typer.Option(help="Its capacity, as load.")] = 10.0,
     output_tokens: Annotated[int, typer.Option(help="Of each answer; the shorter, the more requests.")] = 128,

@@ -70,7 +70,7 @@ class SamplingBody(Body):
     seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: _LogitBias | None = None
     stop: Annotated[tuple[StopString, ...], BeforeValidator(_stop_strings, json_schema_input_type=_StopInput)] = ()
     stop_token_ids: list[TokenId] | None = None

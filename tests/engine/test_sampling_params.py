@@ -23,6 +23,7 @@ from engine.sampling_params import SamplingParams
         ("min_p", float("inf")),
         ("seed", 2**64),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-320),  # would make a logit infinite
         ("repetition_penalty", float("nan")),
         ("presence_penalty", 3.0),
         ("frequency_penalty", -3.0),

@@ -114,6 +114,7 @@ async def test_what_completions_do_not_honour_is_refused_by_name(
         ("frequency_penalty", 3),
         ("presence_penalty", -3),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-320),
         ("logit_bias", {"x": 1}),
         ("logit_bias", {"-1": 1}),
         ("logit_bias", {"99999999": 1}),
