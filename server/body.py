@@ -14,6 +14,7 @@ from server.context import AppContext
 from server.errors import ApiError, BadRequest, ClientGone
 from server.protocol.fields import Body
 from server.protocol.refusals import refuse_unsupported
+from server.settings import AppSettings
 
 _log = logging.getLogger("foregate.server")
 _MAX_SUB_ERRORS = 10
@@ -34,7 +35,7 @@ async def read_body(request: Request, kind: type[BodyT], ctx: AppContext) -> Bod
         body = _parse(raw, kind)
     else:
         async with ctx.large_bodies:
-            body = await asyncio.to_thread(_parse_large, raw, kind, ctx.settings.max_body_values)
+            body = await asyncio.to_thread(_parse_large, raw, kind, ctx.settings)
     unknown = refuse_unsupported(body.model_extra or {})
     if unknown and ctx.settings.strict_requests:
         raise BadRequest(f"unknown parameter: {unknown[0][:100]}", param=unknown[0][:100], code="unknown_parameter")
@@ -51,10 +52,14 @@ def _parse(raw: bytes, kind: type[BodyT]) -> BodyT:
         raise _refusal(exc) from None
 
 
-def _parse_large(raw: bytes, kind: type[BodyT], max_values: int) -> BodyT:
-    # millions of numbers take seconds, in which a library in C lets no other thread run
-    if raw.count(b",") >= max_values:
-        raise ApiError(413, f"the body has more than {max_values} values or commas", code="request_too_large")
+def _parse_large(raw: bytes, kind: type[BodyT], settings: AppSettings) -> BodyT:
+    # millions of numbers, or hundreds of thousands of objects, take seconds in which no other thread may run
+    if raw.count(b",") >= settings.max_body_values:
+        message = f"the body has more than {settings.max_body_values} values or commas"
+        raise ApiError(413, message, code="request_too_large")
+    if raw.count(b'":') - raw.count(b'\\":') > settings.max_body_members:
+        message = f"the objects in the body have more than {settings.max_body_members} members"
+        raise ApiError(413, message, code="request_too_large")
     return _parse(raw, kind)
 
 

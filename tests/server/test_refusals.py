@@ -272,6 +272,19 @@ async def test_a_body_with_too_many_values_is_413_and_a_large_text_is_none(
         assert engine.seen[-1][1] == (list(prompt.encode()) if isinstance(prompt, str) else prompt)
 
 
+async def test_objects_with_too_many_members_are_413_and_a_text_that_looks_like_them_is_none(
+    connect: Callable[..., httpx.AsyncClient], engine: FakeEngine
+) -> None:
+    client = connect(max_body_members=50_000)
+    response = await client.post(CHAT, json={"messages": HELLO * 25_001})
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+    engine.model = msgspec.structs.replace(engine.model, max_model_len=1_000_000)
+    prompt = '{"name":1} ' * 60_000  # a member each, were it not a string
+    response = await client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+    assert response.status_code == 200
+    assert engine.seen[-1][1] == list(prompt.encode())
+
+
 async def test_what_is_wrong_in_a_large_body_is_named_as_in_a_small_one(client: httpx.AsyncClient) -> None:
     for pad in (1, 300_000):
         response = await client.post(CHAT, json={"messages": HELLO, "temperature": 3, "user": "x" * pad})
