@@ -209,6 +209,19 @@ def test_a_hidden_tab_asks_for_nothing_and_then_tells_what_became_of_the_engine(
     expect(page.locator("#trouble")).to_contain_text("The engine has stopped: RuntimeError: boom")
 
 
+# the long and the short names of columns: only what a screen shows is as wide as it is
+WIDEST_ROW_OVERFLOW = """() => {
+  const row = document.querySelector("#requests tr"), shown = [...row.cells].filter((cell) => cell.offsetWidth);
+  row.classList.add("running");
+  ["44 min", "16,384", "16,384", "99 ms", "64.1", "answering"].forEach((text, i) => {
+    shown.at(i - 6).textContent = text;
+  });
+  const table = row.closest("table"), section = table.closest("section"), style = getComputedStyle(section);
+  const inner = section.getBoundingClientRect().right - parseFloat(style.paddingRight);
+  return Math.floor(table.getBoundingClientRect().right - inner);
+}"""
+
+
 @pytest.mark.parametrize("screen", SCREENS)
 def test_the_page_fits_its_screen_in_light_and_dark(live: LiveServer, open_page: OpenPage, screen: str) -> None:
     assert isinstance(live.engine, FakeEngine)
@@ -219,6 +232,7 @@ def test_the_page_fits_its_screen_in_light_and_dark(live: LiveServer, open_page:
     expect(page.locator("#requests tr.running, #requests tr td").first).to_be_visible()
     expect(page.locator("#experts")).to_be_visible()
     assert overflow(page) == 0
+    assert page.evaluate(WIDEST_ROW_OVERFLOW) <= 0
     assert contrast(page, "light") > 7
     assert contrast(page, "dark") < -7
     # 128 experts are too many beside one another on a phone: they go down
