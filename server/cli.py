@@ -70,8 +70,14 @@ def main() -> None:
         app()
     except (ValueError, OSError, EngineDead, EngineOverloaded) as exc:
         _log.debug("the error's origin:", exc_info=exc)
-        typer.echo(f"error: {exc}", err=True)
+        typer.echo(f"error: {_in_words(exc)}", err=True)
         sys.exit(1)
+
+
+def _in_words(exc: Exception) -> str:
+    if isinstance(exc, OSError) and exc.filename is not None and exc.strerror and len(exc.args) > 1:
+        return f"{exc.filename}: {exc.strerror}"
+    return str(exc)
 
 
 @app.callback(invoke_without_command=True)
