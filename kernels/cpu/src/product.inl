@@ -29,6 +29,13 @@ constexpr int kStreams = 4;      // blocks that a few rows read in turn: CPUs wi
 #else
 constexpr int kStreams = 1;      // and one without AMX one faster than four
 #endif
+#if defined(FG_AVX512)
+constexpr int kInt4Blocks = 2;   // int4 blocks that share what is loaded of a row
+#else
+constexpr int kInt4Blocks = 1;
+#endif
+constexpr int kInt4BlocksRows = 4;  // from so many rows on
+constexpr int kMostStreams = std::max(kStreams, kInt4Blocks);
 constexpr float kLow = 1.0f / 256.0f;  // a low byte's worth beside a high one's
 constexpr float kOutlier = 6.0f; // times the root mean square: a span with more than that gets low bytes
 #if defined(FG_AVX512)
@@ -210,6 +217,7 @@ struct Values {
 // ---- products of a few rows -----------------------------------------------------------------------------------------
 
 static inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+static inline void prefetch_l2(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 static inline int32_t word_at(const uint8_t* p) {
     int32_t word;
     memcpy(&word, p, 4);
@@ -248,6 +256,67 @@ static inline void sum_span_int4(const uint8_t* w, int num_pieces, const uint8_t
     FG_UNROLL for (int r = 0; r < R; ++r) out[r] = f_add(out[r], f_from_i(base[r]));
 }
 
+#if defined(FG_AVX512)
+// The same of B blocks, `block_nbytes` apart: what is loaded of a row serves all of them, since loads are what limits some
+// rows. Nibbles are multiplied as the high halves of bytes, so that a group needs one sum, 16 times too large; which is why
+// a step here is a 16th. `ahead`: what comes after these blocks, in the order in which it lies in memory, is asked for
+// meanwhile, since hardware that looks ahead was seen to do so less well with several blocks in turn.
+template <int R, int B>
+static inline void sum_span_of_blocks_int4(const uint8_t* w, size_t block_nbytes, int num_pieces, const uint8_t* chunk, const int32_t* pairs,
+                                 int num_rows, const int32_t* correction, const uint8_t* ahead, F16 out[B][R]) {
+    FG_UNROLL for (int b = 0; b < B; ++b)
+        FG_UNROLL for (int r = 0; r < R; ++r) out[b][r] = f_zero();
+    const uint8_t* const end = w + num_pieces * 576;
+    for (; w < end; w += 576, chunk += (size_t)num_rows * 64) {
+        for (int g = 0; g < 2; ++g) {
+            I16 sum[B][R];
+            FG_UNROLL for (int b = 0; b < B; ++b)
+                FG_UNROLL for (int r = 0; r < R; ++r) sum[b][r] = i_set1(0);
+            FG_UNROLL for (int c = 0; c < 4; ++c) {
+                const uint8_t* at = chunk + g * 32 + c * 8;
+                B64 low[B], high[B];
+                FG_UNROLL for (int b = 0; b < B; ++b) {
+                    const uint8_t* from = w + b * block_nbytes + g * 256 + c * 64;
+                    prefetch(from + 2 * 576);
+                    prefetch_l2(ahead);
+                    ahead += 64;
+                    const B64 both = b_load(from);
+                    low[b] = b_low_as_high_part(both);
+                    high[b] = b_high_part(both);
+                }
+                FG_UNROLL for (int r = 0; r < R; ++r) {
+                    const int32_t inputs = word_at(at + r * 64);
+                    FG_UNROLL for (int b = 0; b < B; ++b) sum[b][r] = dot4(sum[b][r], low[b], inputs);
+                }
+                FG_UNROLL for (int r = 0; r < R; ++r) {
+                    const int32_t inputs = word_at(at + r * 64 + 4);
+                    FG_UNROLL for (int b = 0; b < B; ++b) sum[b][r] = dot4(sum[b][r], high[b], inputs);
+                }
+            }
+            FG_UNROLL for (int b = 0; b < B; ++b) {
+                if (g == 0) {
+                    prefetch(w + b * block_nbytes + 2 * 576 + 512);
+                    prefetch_l2(ahead);
+                    ahead += 64;
+                }
+                const F16 step = f_mul(f_from_i(i_from_u8(w + b * block_nbytes + 512 + g * 16)), f_set1(1.0f / 16.0f));
+                FG_UNROLL for (int r = 0; r < R; ++r) out[b][r] = f_fma(f_from_i(sum[b][r]), step, out[b][r]);
+            }
+        }
+    }
+    I16 base[B][R];
+    FG_UNROLL for (int b = 0; b < B; ++b)
+        FG_UNROLL for (int r = 0; r < R; ++r) base[b][r] = i_set1(correction[r]);
+    for (w = end - num_pieces * 576; w < end; w += 576, pairs += num_rows)
+        FG_UNROLL for (int b = 0; b < B; ++b) {
+            const I16 bases = i_pairs_from_u8(w + b * block_nbytes + 544);
+            FG_UNROLL for (int r = 0; r < R; ++r) base[b][r] = dot2(base[b][r], bases, pairs[r]);
+        }
+    FG_UNROLL for (int b = 0; b < B; ++b)
+        FG_UNROLL for (int r = 0; r < R; ++r) out[b][r] = f_add(out[b][r], f_from_i(base[b][r]));
+}
+#endif
+
 // One span of an int8 block with R rows of chunks: two chains, so that latency does not bind at one row.
 template <int R>
 static inline void sum_span_int8(const uint8_t* w, int num_pieces, const uint8_t* chunk, int num_rows, const int32_t* correction,
@@ -268,34 +337,44 @@ static inline void sum_span_int8(const uint8_t* w, int num_pieces, const uint8_t
     FG_UNROLL for (int r = 0; r < R; ++r) out[r] = f_from_i(i_add(even[r], odd[r]));
 }
 
-// Of int4 and int8, for at most kStreams blocks from w on, a span of each in turn; results go to row first_row and on of `out`.
-template <int R, int Format>
-static inline void product_integer(const Shape& shape, const uint8_t* w, int num_blocks, const Tile& x, int first,
-                                   const Values& out, int first_row) {
+// Of int4 and int8, for B blocks from w on, a span of each in turn; results go to row first_row and on of `out`.
+template <int R, int B, int Format>
+static inline void product_integer(const Shape& shape, const uint8_t* w, const Tile& x, int first, const Values& out, int first_row) {
     constexpr int piece_nbytes = Format == kInt4 ? 576 : 1024;
-    F16 total[kStreams][R];
-    for (int b = 0; b < num_blocks; ++b)
+    constexpr int together = Format == kInt4 && R >= kInt4BlocksRows ? std::min(B, kInt4Blocks) : 1;
+    F16 total[B][R];
+    for (int b = 0; b < B; ++b)
         for (int r = 0; r < R; ++r) total[b][r] = f_zero();
     for (int s = 0; s < shape.num_spans; ++s) {
         const int p = s * kSpanPieces, num_pieces = std::min(kSpanPieces, shape.num_pieces - p), at = s * x.num_rows + first;
         const size_t chunks_at = ((size_t)p * x.num_rows + first) * 64;
-        auto add = [&](int b, const uint8_t* chunks, const int32_t* pairs, const int32_t* correction, float worth) {
-            const uint8_t *block = w + b * shape.block_nbytes, *span = block + p * piece_nbytes;
-            F16 sums[R];
+        auto add = [&](int begin, const uint8_t* chunks, const int32_t* pairs, const int32_t* correction, float worth) {
+            const uint8_t *block = w + begin * shape.block_nbytes, *span = block + p * piece_nbytes;
+            F16 sums[together][R];
+#if defined(FG_AVX512)
+            if constexpr (together > 1) {
+                const uint8_t* ahead = w + B * shape.block_nbytes + (p * B + begin * num_pieces) * piece_nbytes;
+                sum_span_of_blocks_int4<R, together>(span, shape.block_nbytes, num_pieces, chunks + chunks_at,
+                                                     pairs + p * x.num_rows + first, x.num_rows, correction + at, ahead, sums);
+            } else
+#endif
             if constexpr (Format == kInt4)
-                sum_span_int4<R>(span, num_pieces, chunks + chunks_at, pairs + p * x.num_rows + first, x.num_rows, correction + at, sums);
+                sum_span_int4<R>(span, num_pieces, chunks + chunks_at, pairs + p * x.num_rows + first, x.num_rows, correction + at, sums[0]);
             else
-                sum_span_int8<R>(span, num_pieces, chunks + chunks_at, x.num_rows, correction + at, sums);
-            const F16 factor = f_mul(f_from_bf16(shape.scales(block) + s * 32), f_set1(worth));
-            for (int r = 0; r < R; ++r) total[b][r] = f_fma(sums[r], f_mul(factor, f_set1(x.scales[at + r])), total[b][r]);
+                sum_span_int8<R>(span, num_pieces, chunks + chunks_at, x.num_rows, correction + at, sums[0]);
+            FG_UNROLL for (int b = 0; b < together; ++b) {
+                const F16 factor = f_mul(f_from_bf16(shape.scales(block + b * shape.block_nbytes) + s * 32), f_set1(worth));
+                FG_UNROLL for (int r = 0; r < R; ++r)
+                    total[begin + b][r] = f_fma(sums[b][r], f_mul(factor, f_set1(x.scales[at + r])), total[begin + b][r]);
+            }
         };
         const bool has_low = x.span_has_low(shape, s);
-        for (int b = 0; b < num_blocks; ++b) {
+        for (int b = 0; b < B; b += together) {
             add(b, x.chunks, x.pairs, x.correction, 1.0f);
             if (has_low) add(b, x.low_chunks, x.low_pairs, x.low_correction, kLow);
         }
     }
-    for (int b = 0; b < num_blocks; ++b)
+    for (int b = 0; b < B; ++b)
         for (int r = 0; r < R; ++r) f_store(out.at(b, first_row + r), total[b][r]);
 }
 
@@ -546,11 +625,11 @@ static void product_by_spans(const Shape& shape, const uint8_t* w, int num_block
 }
 
 // Rows from which on going span by span pays.
-static inline int by_spans_from(int format) {
+static inline int by_spans_from([[maybe_unused]] int format) {
 #if defined(FG_AMX)
     return format == kInt4 ? 6 : 8;
 #elif defined(FG_AVX512)
-    return format == kInt4 ? kFewRows - 1 : kFewRows + 1;
+    return kFewRows + 1;
 #else
     return format == kInt4 ? 2 * kFewRows : kFewRows + 1;
 #endif
@@ -570,7 +649,7 @@ static void product(const Shape& shape, const uint8_t* w, int num_blocks, const 
     if (shape.format == kBf16) return by_pairs(amx_product_bf16);
 #endif
     // all rows with a few blocks before the next ones, so that weights are read once
-    const int num_together = shape.format == kBf16 ? kBf16Blocks : kStreams;
+    const int num_together = shape.format == kBf16 ? kBf16Blocks : shape.format == kInt4 ? kMostStreams : kStreams;
     for (int b = 0; b < num_blocks; b += num_together) {
         const uint8_t* block = w + b * shape.block_nbytes;
         const int num = std::min(num_together, num_blocks - b);
@@ -589,9 +668,18 @@ static void product(const Shape& shape, const uint8_t* w, int num_blocks, const 
                 with_rows<kFewRows>(num_rows - first, [&](auto rows) {
                     constexpr int R = decltype(rows)::value;
                     const int row = first_row + first;
-                    if (shape.format == kInt4) return product_integer<R, kInt4>(shape, block, num, x, first, out, row);
-                    if (shape.format == kInt8) return product_integer<R, kInt8>(shape, block, num, x, first, out, row);
-                    for (int i = 0; i < num; ++i) product_float32<R>(shape, block + i * shape.block_nbytes, x, first, out, i, row);
+                    constexpr int int4_streams = R >= kInt4BlocksRows ? kMostStreams : kStreams;
+                    if (shape.format == kInt4 && num == int4_streams)
+                        return product_integer<R, int4_streams, kInt4>(shape, block, x, first, out, row);
+                    if (shape.format == kInt8 && num == kStreams)
+                        return product_integer<R, kStreams, kInt8>(shape, block, x, first, out, row);
+                    for (int i = 0; i < num; ++i) {
+                        const uint8_t* one = block + i * shape.block_nbytes;
+                        const Values to{out.at(i, 0), out.num_rows};
+                        if (shape.format == kInt4) product_integer<R, 1, kInt4>(shape, one, x, first, to, row);
+                        else if (shape.format == kInt8) product_integer<R, 1, kInt8>(shape, one, x, first, to, row);
+                        else product_float32<R>(shape, one, x, first, to, 0, row);
+                    }
                 });
         }
     }

@@ -53,6 +53,7 @@ static inline I16 i_sub(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 // High nibbles left where they are: their sums are 16 times too large, and one shift of those is cheaper.
 static inline B64 b_high_part(B64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8((char)0xf0))}; }
 static inline I16 i_of_high_parts(I16 a) { return {_mm512_srai_epi32(a.v, 4)}; }
+static inline B64 b_low_as_high_part(B64 a) { return b_high_part({_mm512_slli_epi16(a.v, 4)}); }
 static inline I16 i_shift8(I16 a) { return {_mm512_slli_epi32(a.v, 8)}; }
 static inline I16 i_round_shift8(I16 a) { return {_mm512_srai_epi32(_mm512_add_epi32(a.v, _mm512_set1_epi32(128)), 8)}; }
 static inline I16 i_load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
