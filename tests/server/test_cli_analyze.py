@@ -136,7 +136,11 @@ def test_what_cannot_be_done_is_one_line(foregate: Any, file: str, args: tuple[s
 def test_files_that_are_no_traces_or_empty_are_one_line(foregate: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.npz").write_bytes(b"no")
     random_trace(0, [0, 0]).save(tmp_path / "none.npz")
-    for name, why in (("bad.npz", "bad.npz cannot be used"), ("none.npz", "has no tokens"), ("gone.npz", "gone.npz: No such file")):
+    for name, why in (
+        ("bad.npz", "bad.npz cannot be used"),
+        ("none.npz", "has no tokens"),
+        ("gone.npz", "gone.npz: No such file"),
+    ):
         result = foregate("analyze", str(tmp_path / name))
         assert (result.code, len(result.err.splitlines())) == (1, 1)
         assert why in result.err
