@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import engine.convert
 import engine.hub
 import server.app
 import server.chat_terminal
+import server.console
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from server.settings import AppSettings
@@ -38,6 +40,20 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     monkeypatch.setattr(engine.async_engine, "AsyncEngine", make)
     monkeypatch.setattr(server.chat_terminal, "AsyncEngine", make)
     return made
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "server.cli", Interrupted("server.cli"))
+    with pytest.raises(SystemExit) as ended:
+        server.console.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_the_version_is_printed(foregate: Any) -> None:
