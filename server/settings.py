@@ -46,7 +46,7 @@ class AppSettings(BaseModel):
     metrics_compat: Literal["vllm", "none"] = "vllm"
     max_body_nbytes: int = 16 * 1024**2
     max_body_values: int = 1024**2  # in its JSON, told by their commas: more tokens than any prompts may have together
-    max_body_members: int = 64 * 1024  # of the objects in it, told by the quotation marks and colons behind their names
+    max_body_members: int = 64 * 1024  # of the objects in it
     max_prompts: int = 256
     max_choices: int = 1024  # of one request: n times its prompts
     max_parallel_prompts: int = 32  # of these at once

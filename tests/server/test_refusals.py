@@ -276,10 +276,12 @@ async def test_objects_with_too_many_members_are_413_and_a_text_that_looks_like_
     connect: Callable[..., httpx.AsyncClient], engine: FakeEngine
 ) -> None:
     client = connect(max_body_members=50_000)
-    response = await client.post(CHAT, json={"messages": HELLO * 25_001})
-    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+    for member in (b'"a":1', b'"a" :1', b'"a\\\\"\n: 1'):  # a name that ends with a backslash is a name
+        content = b'{"messages": [' + b",".join([b"{" + member + b', "b":1}'] * 25_001) + b"]" + b" " * 300_000 + b"}"
+        response = await client.post(CHAT, content=content, headers={"content-type": "application/json"})
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
     engine.model = msgspec.structs.replace(engine.model, max_model_len=1_000_000)
-    prompt = '{"name":1} ' * 60_000  # a member each, were it not a string
+    prompt = '{"name\\\\" :1} ' * 60_000  # a member each, were it not a string
     response = await client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
     assert response.status_code == 200
     assert engine.seen[-1][1] == list(prompt.encode())

@@ -262,8 +262,9 @@ static inline void sum_span_int4(const uint8_t* w, int num_pieces, const uint8_t
 // a step here is a 16th. `ahead`: what comes after these blocks, in the order in which it lies in memory, is asked for
 // meanwhile, since hardware that looks ahead was seen to do so less well with several blocks in turn.
 template <int R, int B>
-static inline void sum_span_of_blocks_int4(const uint8_t* w, size_t block_nbytes, int num_pieces, const uint8_t* chunk, const int32_t* pairs,
-                                 int num_rows, const int32_t* correction, const uint8_t* ahead, F16 out[B][R]) {
+static inline void sum_span_of_blocks_int4(const uint8_t* w, size_t block_nbytes, int num_pieces, const uint8_t* chunk,
+                                           const int32_t* pairs, int num_rows, const int32_t* correction, const uint8_t* ahead,
+                                           F16 out[B][R]) {
     FG_UNROLL for (int b = 0; b < B; ++b)
         FG_UNROLL for (int r = 0; r < R; ++r) out[b][r] = f_zero();
     const uint8_t* const end = w + num_pieces * 576;
