@@ -6,6 +6,8 @@ import mmap
 from collections.abc import Iterable
 from typing import Any
 
+from cache.host_memory import record_memory
+
 
 class SlotPool:
     """`num_slots` slots of `slot_nbytes`. Memory is committed by the system when a slot is first filled.
@@ -20,8 +22,7 @@ class SlotPool:
             raise ValueError(f"slot size {slot_nbytes} is not a multiple of the page size {mmap.PAGESIZE}")
         self.num_slots = num_slots
         self.slot_nbytes = slot_nbytes
-        self.arena = mmap.mmap(-1, num_slots * slot_nbytes)
-        self._view = memoryview(self.arena)
+        self.arena = record_memory(num_slots * slot_nbytes)
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -38,7 +39,7 @@ class SlotPool:
 
     def buffer(self, slot: int) -> Any:
         """Where a record is to be written: here the bytes of the slot, a writable memoryview, 4 KiB-aligned."""
-        return self._view[slot * self.slot_nbytes : (slot + 1) * self.slot_nbytes]
+        return self.arena[slot * self.slot_nbytes : (slot + 1) * self.slot_nbytes]
 
     def handed_out(self, slots: Iterable[int]) -> None:
         """The thread that computes is going to use them."""

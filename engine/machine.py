@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import statistics
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from cache.host_memory import record_memory
 from engine.free_memory import free_memory_nbytes
 from kernels.backend import choose_backend
 from kernels.cpu.native import NativeBackend
@@ -99,10 +99,10 @@ def _disk_bandwidth(path: Path) -> float | None:
 
     def read(thread: int) -> None:
         rng = random.Random(thread)
-        with mmap.mmap(-1, _CHUNK_NBYTES) as buffer:
-            while time.perf_counter() < ends_at:
-                os.preadv(file, [buffer], rng.randrange(num_chunks) * _CHUNK_NBYTES)
-                counts[thread] += 1
+        buffer = record_memory(_CHUNK_NBYTES)
+        while time.perf_counter() < ends_at:
+            os.preadv(file, [buffer], rng.randrange(num_chunks) * _CHUNK_NBYTES)
+            counts[thread] += 1
 
     began = time.perf_counter()
     threads = [threading.Thread(target=read, args=(i,)) for i in range(_NUM_THREADS)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cache.device.device import DeviceOutOfMemory, DeviceUnavailable, Event, Region
+from cache.host_memory import record_memory
 
 
 class CudaArena:
@@ -83,7 +83,7 @@ class CudaDevice:
         self._torch: Any = torch
         self._device = torch.device("cuda", index)
         torch.cuda.set_device(self._device)
-        self._pinned: list[tuple[mmap.mmap, int]] = []
+        self._pinned: list[tuple[memoryview, int]] = []
         self._compute = CudaStream(self._torch, torch.cuda.current_stream(self._device))
 
     @property
@@ -102,7 +102,7 @@ class CudaDevice:
 
     def pinned(self, nbytes: int) -> memoryview:
         """Registered rather than allocated by torch, whose allocator rounds up to a power of two."""
-        memory = mmap.mmap(-1, nbytes)
+        memory = record_memory(nbytes)
         address = self._torch.frombuffer(memory, dtype=self._torch.uint8).data_ptr()
         status = self._torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)
         if int(status) != 0:
@@ -111,7 +111,7 @@ class CudaDevice:
                 "--host-memory or raise the limit on locked memory (ulimit -l)"
             )
         self._pinned.append((memory, address))
-        return memoryview(memory)
+        return memory
 
     def stream(self, name: str) -> CudaStream:
         return CudaStream(self._torch, self._torch.cuda.Stream(self._device))
