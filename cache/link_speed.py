@@ -17,15 +17,46 @@ def depths_to_try(max_depth: int) -> list[int]:
     return [depth for depth in _DEPTHS if depth <= max_depth] or [max_depth]
 
 
+class _Samples:
+    """Bytes over seconds of the last samples, the newest weighing most.
+
+    Not an average of their rates: reads that end together, in next to no time after the others, would count for more
+    than the link can do.
+    """
+
+    def __init__(self) -> None:
+        self.average: float | None = None
+        self._nbytes = 0  # of the sample that is being taken
+        self._busy_s = 0.0
+        self._past: tuple[float, float] | None = None  # decayed bytes and seconds
+
+    def add(self, nbytes: int, busy_s: float) -> None:
+        self._nbytes += nbytes
+        self._busy_s += busy_s
+        if self._nbytes < SAMPLE_NBYTES or self._busy_s <= 0:
+            return
+        now = (float(self._nbytes), self._busy_s)
+        past = self._past or now
+        nbytes_of, seconds_of = self._past = (
+            past[0] + WEIGHT * (now[0] - past[0]),
+            past[1] + WEIGHT * (now[1] - past[1]),
+        )
+        self.average = nbytes_of / seconds_of
+        self._nbytes, self._busy_s = 0, 0.0
+
+
 class Rate:
     """Bytes per second of the time in which something is under way."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.average: float | None = None
+        self._samples = _Samples()
         self._clock = clock
-        self._nbytes = 0
-        self._busy_s = 0.0
         self._since: float | None = None
+
+    @property
+    def average(self) -> float | None:
+        """None before the first sample."""
+        return self._samples.average
 
     def begin(self) -> None:
         if self._since is None:
@@ -34,32 +65,25 @@ class Rate:
     def add(self, nbytes: int, *, is_idle: bool) -> None:
         now = self._clock()
         assert self._since is not None
-        self._busy_s += now - self._since
+        self._samples.add(nbytes, now - self._since)
         self._since = None if is_idle else now
-        self._nbytes += nbytes
-        if self._nbytes >= SAMPLE_NBYTES and self._busy_s > 0:
-            rate = self._nbytes / self._busy_s
-            self.average = rate if self.average is None else self.average + WEIGHT * (rate - self.average)
-            self._nbytes, self._busy_s = 0, 0.0
 
 
 class BusyRate:
     """As `Rate`, of reads that are told of when they have ended, in that order: several links share the threads."""
 
     def __init__(self) -> None:
-        self.average: float | None = None
-        self._nbytes = 0
-        self._busy_s = 0.0
+        self._samples = _Samples()
         self._until = float("-inf")  # all before is counted
 
+    @property
+    def average(self) -> float | None:
+        """None before the first sample."""
+        return self._samples.average
+
     def add(self, nbytes: int, began: float, ended: float) -> None:
-        self._busy_s += max(0.0, ended - max(began, self._until))
+        self._samples.add(nbytes, max(0.0, ended - max(began, self._until)))
         self._until = max(self._until, ended)
-        self._nbytes += nbytes
-        if self._nbytes >= SAMPLE_NBYTES and self._busy_s > 0:
-            rate = self._nbytes / self._busy_s
-            self.average = rate if self.average is None else self.average + WEIGHT * (rate - self.average)
-            self._nbytes, self._busy_s = 0, 0.0
 
 
 class DepthTrials:

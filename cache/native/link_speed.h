@@ -19,7 +19,7 @@ class Rate {
   public:
     Rate(double weight, int64_t sample_nbytes) : weight_(weight), sample_nbytes_(sample_nbytes) {}
 
-    double average() const { return average_; }  // 0 before the first sample
+    double average() const { return past_s_ > 0 ? past_nbytes_ / past_s_ : 0; }  // 0 before the first sample
 
     void begin() {
         if (is_busy_) return;
@@ -34,8 +34,10 @@ class Rate {
         is_busy_ = !is_idle;
         nbytes_ += nbytes;
         if (nbytes_ < sample_nbytes_ || busy_s_ <= 0) return;
-        const double rate = (double)nbytes_ / busy_s_;
-        average_ = average_ == 0 ? rate : average_ + weight_ * (rate - average_);
+        // bytes over seconds, not an average of rates: reads that end together would count for more than the link can do
+        const double weight = past_s_ == 0 ? 1.0 : weight_;
+        past_nbytes_ += weight * ((double)nbytes_ - past_nbytes_);
+        past_s_ += weight * (busy_s_ - past_s_);
         nbytes_ = 0;
         busy_s_ = 0;
     }
@@ -43,7 +45,8 @@ class Rate {
   private:
     const double weight_;
     const int64_t sample_nbytes_;
-    double average_ = 0, busy_s_ = 0;
+    double past_nbytes_ = 0, past_s_ = 0;  // of the samples so far, decayed
+    double busy_s_ = 0;
     int64_t nbytes_ = 0;
     bool is_busy_ = false;
     Clock::time_point since_{};
