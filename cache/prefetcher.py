@@ -121,17 +121,20 @@ class Prefetcher:
     def offer_certain(
         self, distance: int, keys: Sequence[ExpertKey], keep: Collection[ExpertKey] = frozenset()
     ) -> bool:
-        """Read ahead what a layer is sure to ask for, as far as there are slots and the queue is short; -> if all was.
+        """Read ahead what a layer is sure to ask for, as far as there are slots; -> if all was.
 
-        Certain bytes have to come anyway, so that the link is to have work until the next call; but slots that wait
-        for records are of no use.
+        Certain bytes have to come anyway, so that the link is to have work until the next call: the next layer's are
+        queued whatever is on its way already, later ones' only while the queue is short, since slots that wait for
+        records are of no use.
         """
         transfer = self._cache.transfer
         nbytes = self._cache.record_nbytes
         missing = self._cache.missing(keys)
-        carried = (transfer.bandwidth or 0.0) * sum(self._compute_s) / len(self._compute_s)  # in a layer's time
-        queue = max(2 * transfer.depth, int(2.0 * carried / nbytes))
-        num = min(len(missing), queue - transfer.in_flight_nbytes // nbytes)
+        num = len(missing)
+        if distance > 1:
+            carried = (transfer.bandwidth or 0.0) * sum(self._compute_s) / len(self._compute_s)  # in a layer's time
+            queue = max(2 * transfer.depth, int(2.0 * carried / nbytes))
+            num = min(num, queue - transfer.in_flight_nbytes // nbytes)
         if num > 0:
             num = self._issue([(key, 1.0) for key in missing[:num]], distance, keep)
         return len(missing) <= max(0, num)

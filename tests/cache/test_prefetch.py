@@ -347,9 +347,20 @@ def test_the_certain_are_kept_short_in_the_queue_and_all_come_in_the_end(open_ca
     one = open_cache(24, num_io_threads=1)
     prefetcher = Prefetcher(one.cache, 3)
     gate = Gate(one, monkeypatch)
-    wanted = [key(expert, 1) for expert in range(8)]
-    assert not prefetcher.offer_certain(1, wanted)
-    assert one.cache.stats().prefetch[1].issued == 2 * one.cache.transfer.depth
+    wanted = [key(expert, 2) for expert in range(8)]
+    assert not prefetcher.offer_certain(2, wanted)
+    assert one.cache.stats().prefetch[2].issued == 2 * one.cache.transfer.depth
     gate.open.set()
-    wait_until(lambda: prefetcher.offer_certain(1, wanted))
+    wait_until(lambda: prefetcher.offer_certain(2, wanted))
     wait_until(lambda: one.cache.resident() == set(wanted))
+
+
+def test_all_that_the_next_layer_is_sure_to_ask_for_is_queued_behind_what_this_one_waits_for(open_cache, monkeypatch):
+    one = open_cache(24, num_io_threads=1)
+    prefetcher = Prefetcher(one.cache, 3)
+    gate = Gate(one, monkeypatch)
+    with one.cache.acquire([key(expert, 0) for expert in range(8)]):
+        wanted = [key(expert, 1) for expert in range(8)]
+        assert prefetcher.offer_certain(1, wanted)
+        gate.open.set()
+    wait_until(lambda: one.cache.resident() >= set(wanted))
