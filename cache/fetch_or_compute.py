@@ -51,30 +51,47 @@ def choose_cpu(missing: Sequence[Missing], busy: Busy) -> frozenset[int]:
     return min(starts, key=lambda on_cpu: (finished_s(missing, on_cpu, busy), len(on_cpu)))
 
 
-def fetch_order(missing: Sequence[Missing], on_cpu: Collection[int]) -> list[int]:
+def fetch_order(missing: Sequence[Missing], on_cpu: Collection[int], busy: Busy) -> list[int]:
     """The indices of those that are to be fetched, in the order that `finished_s` has them."""
-    left = [i for i, expert in enumerate(missing) if i not in on_cpu and expert.arrives_s is None]
-    return sorted(left, key=lambda i: _johnson((missing[i].fetch_s, missing[i].device_s)))
+    return _fetches(missing, on_cpu, busy)[1]
 
 
 def _device_finished_s(missing: Sequence[Missing], on_cpu: Collection[int], busy: Busy) -> float:
-    """The link carries what gains most from being early first (Johnson's rule for two machines in a row); the device
-    computes in the order of arrival."""
+    """The device computes in the order of arrival."""
+    return _fetches(missing, on_cpu, busy)[0]
+
+
+def _fetches(missing: Sequence[Missing], on_cpu: Collection[int], busy: Busy) -> tuple[float, list[int]]:
+    """When the device is done, and in which order the link carries what is fetched.
+
+    What gains most from being early goes first (Johnson's rule for two machines in a row). That is no longer the best
+    where others arrive between: then it is the better of this and the shortest first.
+    """
     arrivals: list[tuple[float, float]] = []
-    to_fetch: list[tuple[float, float]] = []
+    to_fetch: list[int] = []
     for i, expert in enumerate(missing):
         if i not in on_cpu:
             if expert.arrives_s is not None:
                 arrivals.append((expert.arrives_s, expert.device_s))
             else:
-                to_fetch.append((expert.fetch_s, expert.device_s))
+                to_fetch.append(i)
+    orders = [sorted(to_fetch, key=lambda i: _johnson((missing[i].fetch_s, missing[i].device_s)))]
+    if arrivals and len(to_fetch) > 1:
+        orders.append(sorted(to_fetch, key=lambda i: missing[i].fetch_s))
+    return min(((_played_s(missing, order, arrivals, busy), order) for order in orders), key=lambda one: one[0])
+
+
+def _played_s(
+    missing: Sequence[Missing], order: Sequence[int], arrivals: Sequence[tuple[float, float]], busy: Busy
+) -> float:
+    """When the device is done, if these are fetched in that order beside what arrives by itself."""
+    all_arrivals = list(arrivals)
     at = busy.link_s
-    for fetch_s, device_s in sorted(to_fetch, key=_johnson):
-        at += fetch_s
-        arrivals.append((at, device_s))
-    arrivals.sort()
+    for i in order:
+        at += missing[i].fetch_s
+        all_arrivals.append((at, missing[i].device_s))
     done = busy.device_s
-    for arrives_s, device_s in arrivals:
+    for arrives_s, device_s in sorted(all_arrivals):
         done = max(done, arrives_s) + device_s
     return done
 

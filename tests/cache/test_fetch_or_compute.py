@@ -49,7 +49,7 @@ def best_of_all(missing: Sequence[Missing], busy: Busy) -> float:
 @given(st.lists(experts, max_size=4), busies)
 def test_the_choice_is_within_a_tenth_of_the_best_of_all_assignments(missing: list[Missing], busy: Busy):
     on_cpu = choose_cpu(missing, busy)
-    found = finished_in_order(missing, set(on_cpu), fetch_order(missing, on_cpu), busy)
+    found = finished_in_order(missing, set(on_cpu), fetch_order(missing, on_cpu, busy), busy)
     assert found == finished_s(missing, on_cpu, busy)
     assert found <= 1.1 * best_of_all(missing, busy)
 
