@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from pathlib import Path
 
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGE_PAGE_NBYTES = 2 * 1024**2
 _ADVICE = ("MADV_HUGEPAGE", "MADV_DONTFORK")  # a child that copied pages on write would break reads under way
 
@@ -21,3 +23,15 @@ def record_memory(nbytes: int) -> memoryview:
         with contextlib.suppress(AttributeError, OSError):  # another system, or a kernel built without
             memory.madvise(getattr(mmap, name))
     return memoryview(memory)[:nbytes]
+
+
+def huge_pages() -> str | None:
+    """When the system gives huge pages: `always`, `madvise` (to who asks, as `record_memory` does) or `never`.
+
+    None: it does not say.
+    """
+    try:
+        text = _SETTING.read_text()
+    except OSError:
+        return None
+    return text.partition("[")[2].partition("]")[0] or None

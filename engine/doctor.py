@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from cache.device.device import Device, DeviceOutOfMemory, DeviceUnavailable, Region
+from cache.host_memory import huge_pages
 from engine.config import format_nbytes
 from engine.device_experts import open_named
 from engine.doctor_kernels import ARCHES, MAX_ERROR, compiled, depends_on_company, errors
@@ -51,6 +52,7 @@ def examine(near: Path) -> Iterator[Finding]:
         "ok",
         f"{_rate(machine.disk_bandwidth)} random, {format_nbytes(machine.disk_free_nbytes)} free at {near}",
     )
+    yield pages(huge_pages())
     yield _locked_memory()
     for name, make in BACKENDS.items():
         if name != "reference":
@@ -58,6 +60,18 @@ def examine(near: Path) -> Iterator[Finding]:
     yield _compilation()
     yield _driver()
     yield from _gpu()
+
+
+def pages(setting: str | None) -> Finding:
+    """`setting`: see `huge_pages`."""
+    title = "huge pages"
+    if setting in ("always", "madvise"):
+        return Finding(title, "ok", setting)
+    slow = "reads into memory of small pages are slower and cost more of the processor"
+    if setting is None:
+        return Finding(title, "absent", f"this system has none: {slow}")
+    how = "write madvise into /sys/kernel/mm/transparent_hugepage/enabled"
+    return Finding(title, "absent", f"{setting}: {slow}; {how}")
 
 
 def numerics(name: str, make: Callable[[int], Backend]) -> Finding:

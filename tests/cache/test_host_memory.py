@@ -3,7 +3,10 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from cache.host_memory import record_memory
+import pytest
+
+from cache import host_memory
+from cache.host_memory import huge_pages, record_memory
 
 
 def mapping_flags(memory: memoryview) -> set[str]:
@@ -32,3 +35,17 @@ def test_its_pages_may_be_huge_and_no_fork_copies_them():
     assert "dc" in flags
     if Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
         assert "hg" in flags
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [("always [madvise] never\n", "madvise"), ("always madvise [never]\n", "never"), (None, None), ("?", None)],
+)
+def test_the_systems_setting_is_read(
+    text: str | None, setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "enabled"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(host_memory, "_SETTING", path)
+    assert huge_pages() == setting

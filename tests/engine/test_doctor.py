@@ -12,7 +12,7 @@ import torch
 
 from cache.device.device import Region
 from cache.device.sim import Adversary, SimDevice, SimStream
-from engine.doctor import Finding, compilation, copies_are_right, examine, link, numerics
+from engine.doctor import Finding, compilation, copies_are_right, examine, link, numerics, pages
 from kernels.backend import BACKENDS
 from kernels.quant.formats import FORMATS
 from kernels.torch_backend import TorchBackend
@@ -26,12 +26,18 @@ def findings(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_everything_is_looked_at_and_what_is_here_is_well(findings):
-    assert {"software", "CPU", "memory", "disk", "locked memory", "native kernels", "GPU driver", "GPU"} <= set(
-        findings
-    )
+    looked_at = {"software", "CPU", "memory", "disk", "huge pages", "locked memory", "native kernels"}
+    assert looked_at | {"GPU driver", "GPU"} <= set(findings)
     assert not [finding for finding in findings.values() if finding.verdict == "bad"]
     assert f"torch {torch.__version__.partition('+')[0]}" in findings["software"].text
     assert all(format in findings["native kernels"].text for format in FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "verdict"), [("madvise", "ok"), ("always", "ok"), ("never", "absent"), (None, "absent")]
+)
+def test_huge_pages_that_are_off_are_told_of(setting: str | None, verdict: str):
+    assert pages(setting).verdict == verdict
 
 
 def test_a_gpu_that_is_not_here_is_absent_not_wrong(findings):
